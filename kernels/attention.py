@@ -1,0 +1,272 @@
+"""The door to the package: sparse attention, attention under a given block mask, block selection, and merging of partial results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import checks, ops
+from .backends import choose
+from .block_mask import BlockMask
+from .order import OrderPlan
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionInfo:
+    """What a call did. Tensors stay on the device of the call until they are read.
+
+    Attributes
+    ----------
+    density : fp32 (B, H)
+        Kept / visible blocks, 0..1 (visible: not excluded by causal or a fully masked block).
+    pv_skipped : fp32 (B, H)
+        Share of the kept tiles whose PV half was skipped, 0..1.
+    backend : str
+        The backend that ran.
+    kept, visible : bool (B, H, N_q, N_k), int32 (B, 1, N_q)
+        The block map, in plan order when an order was given, and the visible blocks per row.
+    """
+
+    density: Tensor
+    pv_skipped: Tensor
+    backend: str
+    kept: Tensor
+    visible: Tensor
+
+    @property
+    def block_mask(self) -> BlockMask:
+        """The kept blocks as a `BlockMask` (built when read)."""
+        return BlockMask.from_dense(self.kept, self.visible)
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    topk: float | Tensor | None = None,
+    cdfthreshd: float | Tensor | None = None,
+    simthreshd1: float | Tensor = -0.1,
+    pvthreshd: float | Tensor = 15.0,
+    causal: bool = False,
+    causal_offset: int = 0,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    always_keep: Sequence | dict | None = None,
+    order: OrderPlan | None = None,
+    score: str = "subblock",
+    compensate: bool = False,
+    smooth_k: bool = True,
+    layout: str = "HND",
+    backend: str = "auto",
+    return_lse: bool = False,
+    return_info: bool = False,
+):
+    """Softmax attention over the key blocks that matter to each block of queries, chosen on the fly.
+
+    Parameters
+    ----------
+    q : (B, H, S_q, D) for layout "HND", (B, S_q, H, D) for "NHD"
+        fp16, bf16 or fp32; any strides with a contiguous last dimension; D 1..256 (1..128 on the fast kernels).
+    k, v : (B, H_kv, S_k, D) or (B, S_k, H_kv, D)
+        Same dtype and device; H a multiple of H_kv.
+    topk : in (0, 1], number or per-head tensor (H,)
+        Of the n visible, not forced key blocks of a row keep max(1, floor(topk * n + 0.5)). 1 = dense. Default 0.5 when `cdfthreshd` is None.
+    cdfthreshd : in (0, 1], number or per-head tensor, or None
+        Keep the smallest set of blocks whose predicted softmax mass reaches it. With `topk` too: the union.
+    simthreshd1 : in [-1, 1], number or per-head tensor
+        A block whose tokens are less self-similar than this is always kept (key block) or attends densely (query block). Negative: off.
+    pvthreshd : > 0, log2 units, number or per-head tensor
+        Permission to skip the value half of a tile whose scores are all this far below the running maximum; lower skips more. Backends that
+        gain nothing (torch) never do.
+    causal, causal_offset : bool, int
+        Query i sees keys j <= i + causal_offset (top-left, as in PyTorch). Partly visible blocks are always kept.
+    scale : finite, > 0
+        Default D ** -0.5.
+    key_mask : bool (B, S_k), True = attend; or additive float (B, S_k)
+        Float values <= -1e4 count as masked. Fully masked blocks are not visited.
+    always_keep : [(start, end), ...] or {"q": [...], "k": [...]}
+        Token ranges, in the caller's indices: key blocks they touch are kept by every row, query blocks they touch attend to everything visible.
+    order : OrderPlan
+        From `order.plan`; results are in the caller's order all the same. Not with causal.
+    score : "subblock" | "mean"
+        How blocks are ranked; "mean" is the published rule.
+    compensate : bool
+        Let skipped blocks enter the softmax as a pooled term.
+    smooth_k : bool
+        Centre K before pooling and quantising.
+    layout : "HND" | "NHD"
+    backend : "auto" | "torch"
+    return_lse : bool
+        Also return the natural-log log-sum-exp of the true scores, fp32 (B, H, S_q); see `merge_lse`.
+    return_info : bool
+        Also return an `AttentionInfo`.
+
+    Returns
+    -------
+    out, or (out[, lse][, info])
+        out has q's shape, dtype and layout. A row that sees nothing gives zeros and lse = -inf.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For a bad argument, with its rule, value and remedy.
+    UnsupportedCall
+        When no backend takes the call, with every backend's reason.
+
+    Source: Zhang et al., SpargeAttention, ICML 2025 (PMLR 267); the selection rules are this project's form of it.
+    """
+    q, k, v = checks.tensors(q, k, v, layout)
+    arguments = _selection_arguments(q, k, topk, cdfthreshd, simthreshd1, causal, causal_offset, scale, key_mask, always_keep, order, score, smooth_k,
+                                     backend)  # fmt: skip
+    return _attend(q, k, v, None, arguments, pvthreshd, compensate, layout, return_lse, return_info)
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask | Tensor,
+    *,
+    pvthreshd: float | Tensor = 15.0,
+    causal: bool = False,
+    causal_offset: int = 0,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    order: OrderPlan | None = None,
+    compensate: bool = False,
+    smooth_k: bool = True,
+    layout: str = "HND",
+    backend: str = "auto",
+    return_lse: bool = False,
+    return_info: bool = False,
+):
+    """Softmax attention over the key blocks that `block_mask` keeps.
+
+    Parameters
+    ----------
+    block_mask : BlockMask, or bool (B|1, H|1, N_q, N_k)
+        N_q = ceil(S_q / 128), N_k = ceil(S_k / 64); in plan order when `order` is given. Blocks outside what causal and key_mask leave visible
+        are dropped; nothing is added. Rows with no kept block give zeros and lse = -inf.
+
+    The other parameters, the returns and the errors are those of `sparse_attention`.
+    """
+    q, k, v = checks.tensors(q, k, v, layout)
+    block_map = checks.block_mask(block_mask, q, k)
+    arguments = _selection_arguments(q, k, None, None, -0.1, causal, causal_offset, scale, key_mask, None, order, "mean", smooth_k, backend)
+    return _attend(q, k, v, block_map, arguments, pvthreshd, compensate, layout, return_lse, return_info)
+
+
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    topk: float | Tensor | None = None,
+    cdfthreshd: float | Tensor | None = None,
+    simthreshd1: float | Tensor = -0.1,
+    causal: bool = False,
+    causal_offset: int = 0,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    always_keep: Sequence | dict | None = None,
+    order: OrderPlan | None = None,
+    score: str = "subblock",
+    smooth_k: bool = True,
+    layout: str = "HND",
+    backend: str = "auto",
+) -> BlockMask:
+    """The block mask that `sparse_attention` would use; in plan order when `order` is given.
+
+    Parameters, errors: as for `sparse_attention`.
+    """
+    q, k, _ = checks.tensors(q, k, None, layout)
+    arguments = _selection_arguments(q, k, topk, cdfthreshd, simthreshd1, causal, causal_offset, scale, key_mask, always_keep, order, score, smooth_k,
+                                     backend)  # fmt: skip
+    _backend_of(q, arguments)
+    return BlockMask.from_dense(*ops.select(q, k, *arguments.rule, *arguments.common))
+
+
+def merge_lse(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, layout: str = "HND") -> tuple[Tensor, Tensor]:
+    """Joins attention over two disjoint key ranges into attention over both.
+
+    Parameters
+    ----------
+    out_a, out_b : (B, H, S_q, D) for layout "HND", (B, S_q, H, D) for "NHD"
+    lse_a, lse_b : fp32 (B, H, S_q)
+        Natural-log log-sum-exp of the true scores, as `return_lse` gives it. -inf where a range holds nothing for a row.
+
+    Returns
+    -------
+    out in out_a's dtype, lse fp32
+    """
+    checks.choice("layout", layout, ("HND", "NHD"))
+    if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape:
+        raise ValueError(
+            f"out_a and out_b, lse_a and lse_b must have equal shapes, got {tuple(out_a.shape)}, {tuple(out_b.shape)}, {tuple(lse_a.shape)}, "
+            f"{tuple(lse_b.shape)}"
+        )
+    lse = torch.logaddexp(lse_a, lse_b)
+    finite = torch.where(lse == -math.inf, 0.0, lse)
+    a, b = ((x - finite).exp()[..., None] for x in (lse_a, lse_b))
+    if layout == "NHD":
+        a, b = a.transpose(1, 2), b.transpose(1, 2)
+    return (out_a.float() * a + out_b.float() * b).to(out_a.dtype), lse
+
+
+@dataclass(frozen=True, eq=False)
+class _Arguments:
+    """Checked arguments in the operators' order."""
+
+    rule: tuple
+    common: tuple
+
+
+def _selection_arguments(q, k, topk, cdfthreshd, simthreshd1, causal, causal_offset, scale, key_mask, always_keep, order, score, smooth_k, backend):
+    heads = q.shape[1]
+    if topk is None and cdfthreshd is None:
+        topk = 0.5
+    if topk is not None:
+        topk = checks.number("topk", topk, 0, 1, heads, low_open=True, remedy="use 1 for dense attention, 0.5 for half of the blocks")
+    if cdfthreshd is not None:
+        cdfthreshd = checks.number("cdfthreshd", cdfthreshd, 0, 1, heads, low_open=True, remedy="leave it out to select by topk alone")
+    sim = checks.number("simthreshd1", simthreshd1, -1, 1, heads, low_open=False, remedy="use -0.1 to switch the judge off")
+    causal = checks.flag("causal", causal)
+    offset = checks.causal_offset(causal, causal_offset)
+    plan = checks.order(order, q.shape[2], k.shape[2], causal)
+    keep_q, keep_k = checks.always_keep(always_keep, q.shape[2], k.shape[2])
+    numbers, tensors = [], []
+    for value in (topk, cdfthreshd, sim):
+        per_head = isinstance(value, Tensor)
+        numbers.append(None if per_head else value)
+        tensors.append(value.to(q.device) if per_head else None)
+    numbers[2] = -1.0 if numbers[2] is None else numbers[2]
+    rule = (*numbers, checks.choice("score", score, ("subblock", "mean")), *tensors)
+    common = (checks.key_mask(key_mask, k), causal, offset, checks.scale(scale, q.shape[3]), checks.flag("smooth_k", smooth_k), keep_q, keep_k,
+              None if plan is None else plan.on(q.device), checks.backend(backend))  # fmt: skip
+    return _Arguments(rule, common)
+
+
+def _backend_of(q: Tensor, arguments: _Arguments) -> str:
+    return choose(ops.Call(q.device.type, arguments.common[-1], arguments.common[3]))
+
+
+def _attend(q, k, v, block_map, arguments: _Arguments, pvthreshd, compensate, layout, return_lse, return_info):
+    pv = checks.number("pvthreshd", pvthreshd, 0, math.inf, q.shape[1], low_open=True, remedy="15 is a good start, 50 is off in practice")
+    flags = (checks.flag("compensate", compensate), checks.flag("return_lse", return_lse))
+    return_info = checks.flag("return_info", return_info)
+    backend = _backend_of(q, arguments)
+    pv_arguments = (50.0, pv.to(q.device)) if isinstance(pv, Tensor) else (pv, None)
+    out, lse, kept, visible, pv_skipped = ops.attend(q, k, v, block_map, *arguments.rule, *pv_arguments, *flags, *arguments.common)
+    if layout == "NHD":
+        out = out.transpose(1, 2)
+    result = (out,)
+    if return_lse:
+        result += (lse,)
+    if return_info:
+        density = kept.sum((-2, -1), dtype=torch.float32) / visible.sum(-1, dtype=torch.float32).clamp_min(1)
+        result += (AttentionInfo(density, pv_skipped, backend, kept, visible),)
+    return result if len(result) > 1 else out

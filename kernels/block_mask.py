@@ -1,0 +1,203 @@
+"""Which key blocks each query block attends to: `BlockMask`, and builders for the usual static patterns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .order import OrderPlan
+
+BLOCK_Q = 128
+"""Query rows of a block, on every architecture."""
+BLOCK_K = 64
+"""Key rows of a block, on every architecture."""
+
+
+def num_blocks(length: int, block: int) -> int:
+    """Blocks of `block` rows that cover `length` rows; the last one may be partial."""
+    return -(-length // block)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMask:
+    """Kept (query block, key block) pairs as CSR lists, one list per (batch, head, query block).
+
+    Parameters
+    ----------
+    shape : (B, H, N_q, N_k)
+        B and H may be 1 and then hold for every batch or head. Blocks are 128 query rows by 64 key rows.
+    indptr : int32 (B * H * N_q + 1,)
+        Row r = (b * H + h) * N_q + i owns `indices[indptr[r] : indptr[r + 1]]`.
+    indices : int32 (kept blocks,)
+        Key block numbers, ascending within a row.
+    visible : int32 (B|1, H|1, N_q) or None
+        How many key blocks each row could have kept (causal and masks exclude the others). None: all N_k.
+    """
+
+    shape: tuple[int, int, int, int]
+    indptr: Tensor
+    indices: Tensor
+    visible: Tensor | None = None
+
+    @classmethod
+    def from_dense(cls, kept: Tensor, visible: Tensor | None = None) -> BlockMask:
+        """From a bool map (B, H, N_q, N_k), or (N_q, N_k) which is read as (1, 1, N_q, N_k); True = kept."""
+        if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
+            raise TypeError(f"kept must be a bool tensor, got {getattr(kept, 'dtype', type(kept).__name__)}; compare or call .bool() first")
+        if kept.dim() == 2:
+            kept = kept[None, None]
+        if kept.dim() != 4 or kept.shape[2] < 1 or kept.shape[3] < 1:
+            raise ValueError(f"kept must have the shape (B, H, N_q, N_k), got {tuple(kept.shape)}; use 1 for B and H to share a mask")
+        counts = kept.sum(-1, dtype=torch.int32).flatten()
+        indptr = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=kept.device)
+        indptr[1:] = counts.cumsum(0)
+        return cls(tuple(kept.shape), indptr, kept.nonzero()[:, 3].to(torch.int32), visible)
+
+    def to_dense(self) -> Tensor:
+        """The bool map (B, H, N_q, N_k)."""
+        rows, n_k = self.indptr.numel() - 1, self.shape[3]
+        kept = torch.zeros(rows, n_k, dtype=torch.bool, device=self.indices.device)
+        row_of = torch.repeat_interleave(torch.arange(rows, device=kept.device), self.indptr.diff().long(), output_size=self.indices.numel())
+        kept[row_of, self.indices.long()] = True
+        return kept.view(self.shape)
+
+    @property
+    def density(self) -> Tensor:
+        """Kept / visible blocks per (batch, head): fp32 (B, H), 0..1; 0 where nothing is visible."""
+        b, h, n_q, n_k = self.shape
+        kept = self.indptr.diff().view(b, h, n_q).sum(-1, dtype=torch.float32)
+        if self.visible is None:
+            return kept / (n_q * n_k)
+        return kept / self.visible.sum(-1, dtype=torch.float32).clamp_min(1)
+
+    def to(self, device: torch.device | str) -> BlockMask:
+        """The same mask with its tensors on `device`."""
+        visible = None if self.visible is None else self.visible.to(device)
+        return BlockMask(self.shape, self.indptr.to(device), self.indices.to(device), visible)
+
+    def __or__(self, other: BlockMask) -> BlockMask:
+        return self._combine(other, torch.logical_or)
+
+    def __and__(self, other: BlockMask) -> BlockMask:
+        return self._combine(other, torch.logical_and)
+
+    def _combine(self, other: BlockMask, how) -> BlockMask:
+        if not isinstance(other, BlockMask):
+            return NotImplemented
+        if self.shape[2:] != other.shape[2:] or any(a != b and 1 not in (a, b) for a, b in zip(self.shape[:2], other.shape[:2], strict=True)):
+            raise ValueError(f"block masks must agree in N_q and N_k, and in B and H up to 1, got {self.shape} and {other.shape}")
+        kept = how(self.to_dense(), other.to_dense())
+        return BlockMask.from_dense(kept, self.visible if self.visible is not None else other.visible)
+
+    @staticmethod
+    def sliding_window(s_q: int, s_k: int, window: int) -> BlockMask:
+        """Keeps a block when some query i and key j in it have |i - j| <= `window` (tokens, >= 0)."""
+        if window < 0:
+            raise ValueError(f"window must be >= 0 tokens, got {window}; 0 keeps the diagonal")
+        q_lo, q_hi = _block_ranges(s_q, BLOCK_Q)
+        k_lo, k_hi = _block_ranges(s_k, BLOCK_K)
+        gap = np.maximum(k_lo[None] - q_hi[:, None], q_lo[:, None] - k_hi[None])
+        return BlockMask.from_dense(torch.from_numpy(gap <= window))
+
+    @staticmethod
+    def global_tokens(s_q: int, s_k: int, ranges: Sequence[tuple[int, int]]) -> BlockMask:
+        """Keeps every block that a token range [start, end) touches, as keys (whole columns) and as queries (whole rows)."""
+        kept = torch.zeros(num_blocks(s_q, BLOCK_Q), num_blocks(s_k, BLOCK_K), dtype=torch.bool)
+        for start, end in ranges:
+            if not 0 <= start < end:
+                raise ValueError(f"ranges must hold 0 <= start < end, got ({start}, {end})")
+            kept[:, start // BLOCK_K : num_blocks(end, BLOCK_K)] = True
+            kept[start // BLOCK_Q : num_blocks(end, BLOCK_Q)] = True
+        return BlockMask.from_dense(kept)
+
+    @staticmethod
+    def frames(plan: OrderPlan, window: int, *, first: bool = True) -> BlockMask:
+        """For a video: keeps key blocks with a frame within `window` frames of a query block's own, and protected spans.
+
+        Parameters
+        ----------
+        plan : OrderPlan
+            The token order (`order.plan`), which knows grid and spans; the mask is in plan order.
+        window : int
+            Frames to either side, >= 0.
+        first : bool
+            Also keep the blocks of frame 0 of each grid for every query (the usual attention sink of video models).
+        """
+        if window < 0:
+            raise ValueError(f"window must be >= 0 frames, got {window}; 0 keeps the own frame")
+        q, k = _block_boxes(plan, BLOCK_Q), _block_boxes(plan, BLOCK_K)
+        gap = _gap(q.t, k.t)
+        kept = (gap <= window) & _same(q.segment, k.segment)
+        if first:
+            kept |= (k.t[0] == 0)[None]
+        return BlockMask.from_dense(torch.from_numpy(_with_protected(kept, q, k)))
+
+    @staticmethod
+    def radial(plan: OrderPlan, *, width: float = 1.0) -> BlockMask:
+        """For a video: the spatial window halves each time the distance in frames doubles (radial attention, Li et al. 2025).
+
+        A block is kept when some query and key in it, d frames apart, lie within `width` * H * W / 2**floor(log2(max(d, 1))) positions of
+        each other inside the frame (row-major distance), or in the same frame. Protected spans and frame 0 are kept.
+
+        Parameters
+        ----------
+        plan : OrderPlan
+            The token order (`order.plan`); the mask is in plan order.
+        width : float
+            Window at distance 1 as a share of the frame, > 0.
+        """
+        if not width > 0:
+            raise ValueError(f"width must be > 0 (a share of the frame), got {width}")
+        q, k = _block_boxes(plan, BLOCK_Q), _block_boxes(plan, BLOCK_K)
+        frames_apart = _gap(q.t, k.t)
+        window = width * k.frame_size[None] / np.exp2(np.floor(np.log2(np.maximum(frames_apart, 1))))
+        kept = ((frames_apart == 0) | (_gap(q.place, k.place) <= window)) & _same(q.segment, k.segment)
+        kept |= (k.t[0] == 0)[None]
+        return BlockMask.from_dense(torch.from_numpy(_with_protected(kept, q, k)))
+
+
+def _block_ranges(length: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    lo = np.arange(0, length, block)
+    return lo, np.minimum(lo + block, length) - 1
+
+
+@dataclass(frozen=True)
+class _Boxes:
+    """Per block the lowest and highest grid segment, frame and place inside the frame, and whether it holds protected tokens."""
+
+    segment: np.ndarray
+    t: np.ndarray
+    place: np.ndarray
+    frame_size: np.ndarray
+    protected: np.ndarray
+
+
+def _block_boxes(plan: OrderPlan, block: int) -> _Boxes:
+    segment, t, place, frame_size = plan.coordinates()
+    starts = np.arange(0, plan.length, block)
+    on_grid = segment >= 0
+
+    def span(values):
+        lo = np.minimum.reduceat(np.where(on_grid, values, np.iinfo(np.int64).max // 4), starts)
+        hi = np.maximum.reduceat(np.where(on_grid, values, -(np.iinfo(np.int64).max // 4)), starts)
+        return np.stack([lo, hi])
+
+    return _Boxes(span(segment), span(t), span(place), np.maximum.reduceat(frame_size, starts), ~np.logical_and.reduceat(on_grid, starts))
+
+
+def _gap(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    return np.maximum(np.maximum(k[0][None] - q[1][:, None], q[0][:, None] - k[1][None]), 0)
+
+
+def _same(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    return _gap(q, k) == 0
+
+
+def _with_protected(kept: np.ndarray, q: _Boxes, k: _Boxes) -> np.ndarray:
+    return kept | q.protected[:, None] | k.protected[None]

@@ -1,0 +1,183 @@
+"""The only place that words argument errors: argument, rule, value got, what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backends import NAMES
+from .block_mask import BLOCK_K, BLOCK_Q, BlockMask, num_blocks
+from .order import OrderPlan
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+
+
+def _got(value) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
+
+
+def tensors(q: Tensor, k: Tensor, v: Tensor | None, layout: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Checks q, k, v and returns them as (B, H, S, D) views."""
+    if layout not in ("HND", "NHD"):
+        raise ValueError(f"layout must be 'HND' (B, H, S, D) or 'NHD' (B, S, H, D), got {layout!r}")
+    named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}; convert it first")
+        if x.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions ({layout}: {'B, H, S, D' if layout == 'HND' else 'B, S, H, D'}), got shape {tuple(x.shape)}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16 or float32, got {x.dtype}; convert it first")
+        if min(x.shape) < 1:
+            raise ValueError(f"{name} must have no empty dimension, got shape {tuple(x.shape)}; an empty sequence has no attention")
+        if x.shape[-1] > MAX_HEAD_DIM:
+            raise ValueError(f"head_dim must be 1 to {MAX_HEAD_DIM}, got {x.shape[-1]} in {name}; use dense attention")
+        if x.shape[-1] > 1 and x.stride(-1) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tuple(x.stride())}; call {name}.contiguous()")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise TypeError(f"q, k and v must share dtype and device, got {q.dtype} on {q.device} for q and {x.dtype} on {x.device} for {name}")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(f"{name} must not require grad: there is no backward; call it under torch.no_grad() or detach it")
+    if layout == "NHD":
+        named = {name: x.transpose(1, 2) for name, x in named.items()}
+    q, k, v = named["q"], named["k"], named.get("v")
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(f"k must have q's batch and head_dim, got {_axes(q)} for q and {_axes(k)} for k")
+    if v is not None and v.shape != k.shape:
+        raise ValueError(f"v must have k's shape, got {_axes(k)} for k and {_axes(v)} for v")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"the number of q heads must be a multiple of the k/v heads (GQA), got {q.shape[1]} and {k.shape[1]}")
+    return q, k, v
+
+
+def _axes(x: Tensor) -> str:
+    return f"B={x.shape[0]} H={x.shape[1]} S={x.shape[2]} D={x.shape[3]}"
+
+
+def number(name: str, value, low: float, high: float, heads: int, *, low_open: bool, remedy: str) -> float | Tensor | None:
+    """A number, or a per-head 1-D tensor, between `low` and `high`.
+
+    A tensor on the CPU is checked; one on a device is not read (that would wait for the device).
+    """
+    rule = f"{'(' if low_open else '['}{low:g}, {'inf)' if high == math.inf else f'{high:g}]'}"
+    if isinstance(value, Tensor):
+        if value.dim() != 1 or value.shape[0] != heads:
+            raise ValueError(f"{name} as a tensor must hold one value per head, shape ({heads},), got shape {tuple(value.shape)}")
+        if value.device.type == "cpu" and not torch.compiler.is_compiling():
+            inside = (value > low if low_open else value >= low) & (value <= high) & value.isfinite()
+            if not bool(inside.all()):
+                raise ValueError(f"{name} must be in {rule}, got {value[~inside][0].item()} for head {int((~inside).nonzero()[0])}; {remedy}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number or a 1-D tensor of one value per head, got {value!r}")
+    if not ((value > low if low_open else value >= low) and value <= high and math.isfinite(value)):
+        raise ValueError(f"{name} must be in {rule}, got {value!r}; {remedy}")
+    return float(value)
+
+
+def choice(name: str, value, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def flag(name: str, value) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def scale(value, dim: int) -> float:
+    if value is None:
+        return dim**-0.5
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"scale must be a finite number > 0, got {_got(value)}; leave it out for head_dim ** -0.5")
+    return float(value)
+
+
+def causal_offset(causal: bool, value) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"causal_offset must be an int (query i sees keys j <= i + causal_offset), got {value!r}")
+    if value and not causal:
+        raise ValueError(f"causal_offset must be 0 without causal=True, got {value}; set causal=True or leave it out")
+    return value
+
+
+def key_mask(mask, k: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"key_mask must be a tensor (B, S_k), got {type(mask).__name__}")
+    if tuple(mask.shape) != (k.shape[0], k.shape[2]):
+        raise ValueError(
+            f"key_mask must have the shape (B, S_k) = {(k.shape[0], k.shape[2])}, got {tuple(mask.shape)}; a mask that differs per query or head "
+            "is not supported: use dense attention"
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"key_mask must be bool (True = attend) or a float bias, got {mask.dtype}; use mask.bool()")
+    if mask.device != k.device:
+        raise ValueError(f"key_mask must be on the device of k ({k.device}), got {mask.device}; move it there")
+    return mask
+
+
+def token_ranges(name: str, ranges, length: int) -> tuple[int, ...]:
+    flat = []
+    for entry in ranges:
+        if not isinstance(entry, Sequence) or len(entry) != 2 or not all(isinstance(x, int) and not isinstance(x, bool) for x in entry):
+            raise TypeError(f"{name} must hold (start, end) pairs of ints, got {entry!r}")
+        start, end = entry
+        if not 0 <= start <= end <= length:
+            raise ValueError(f"{name} must hold ranges with 0 <= start <= end <= {length} (tokens), got ({start}, {end})")
+        flat += [start, end]
+    return tuple(flat)
+
+
+def always_keep(value, s_q: int, s_k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Flat (start, end, ...) for queries and for keys."""
+    if value is None:
+        return (), ()
+    if isinstance(value, dict):
+        unknown = set(value) - {"q", "k"}
+        if unknown:
+            raise ValueError(f"always_keep as a dict must have the keys 'q' and 'k', got {sorted(map(str, unknown))[0]!r}")
+        return token_ranges("always_keep['q']", value.get("q", ()), s_q), token_ranges("always_keep['k']", value.get("k", ()), s_k)
+    if isinstance(value, Tensor | str) or not isinstance(value, Sequence):
+        raise TypeError(f"always_keep must be a list of (start, end) or {{'q': [...], 'k': [...]}}, got {type(value).__name__}")
+    return token_ranges("always_keep", value, s_q), token_ranges("always_keep", value, s_k)
+
+
+def order(plan, s_q: int, s_k: int, causal: bool) -> OrderPlan | None:
+    if plan is None:
+        return None
+    if not isinstance(plan, OrderPlan):
+        raise TypeError(f"order must be a plan from sparge_kernels.order.plan, got {type(plan).__name__}")
+    if causal:
+        raise ValueError("order must be None with causal=True: reordered tokens have no causal edge; leave one of the two out")
+    if plan.length != s_q or plan.length != s_k:
+        raise ValueError(f"order must be a plan of the sequence's length, got {plan.length} tokens for S_q={s_q}, S_k={s_k}")
+    return None if plan.is_identity else plan
+
+
+def block_mask(mask, q: Tensor, k: Tensor) -> Tensor:
+    """The bool map (B|1, H|1, N_q, N_k) on q's device."""
+    n_q, n_k = num_blocks(q.shape[2], BLOCK_Q), num_blocks(k.shape[2], BLOCK_K)
+    if isinstance(mask, BlockMask):
+        dense = mask.to_dense()
+    elif isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        dense = mask
+    else:
+        raise TypeError(f"block_mask must be a BlockMask or a bool tensor, got {_got(mask) if isinstance(mask, Tensor) else type(mask).__name__}")
+    if dense.dim() != 4 or dense.shape[0] not in (1, q.shape[0]) or dense.shape[1] not in (1, q.shape[1]) or dense.shape[2:] != (n_q, n_k):
+        raise ValueError(
+            f"block_mask must have the shape (B|1, H|1, N_q, N_k) = ({q.shape[0]}|1, {q.shape[1]}|1, {n_q}, {n_k}), got {tuple(dense.shape)}; "
+            f"blocks are {BLOCK_Q} queries by {BLOCK_K} keys"
+        )
+    return dense.to(q.device)
+
+
+def backend(name) -> str:
+    return choice("backend", name, NAMES)

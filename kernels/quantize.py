@@ -1,0 +1,123 @@
+"""8-bit forms of q, k and v in PyTorch: the arithmetic that the device code does, written to be read and tested.
+
+Q gets one scale per row, K one per block of 64 rows after centring, V one per channel. All scales are absmax over unmasked rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .block_mask import BLOCK_K, num_blocks
+
+CENTRE_STRIDE = 16
+E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """`values` times `scale` (broadcast) gives the tensor back; `per` names the granularity."""
+
+    values: Tensor
+    scale: Tensor
+    per: str
+
+    def dequantize(self) -> Tensor:
+        """The fp32 tensor that the 8-bit values stand for."""
+        if self.per == "per_block":
+            scale = self.scale.repeat_interleave(BLOCK_K, -2)[..., : self.values.shape[-2], :]
+            return self.values.float() * scale
+        return self.values.float() * self.scale
+
+
+def key_centre(k: Tensor, key_valid: Tensor | None = None) -> Tensor:
+    """The vector that every backend subtracts from K: the mean of the unmasked tokens 0, 16, 32, ...
+
+    Softmax does not see a constant vector added to all keys, so a sampled mean is as exact as a full one.
+
+    Parameters
+    ----------
+    k : (B, H_kv, S_k, D), any float dtype
+    key_valid : bool (B, S_k) or None
+        True = attend. Masked keys count nowhere.
+
+    Returns
+    -------
+    Tensor
+        fp32 (B, H_kv, 1, D); zero where every sampled token is masked.
+    """
+    sample = k[:, :, ::CENTRE_STRIDE].float()
+    if key_valid is None:
+        return sample.mean(-2, keepdim=True)
+    weight = key_valid[:, None, ::CENTRE_STRIDE, None].float()
+    return torch.where(weight > 0, sample, 0).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp_min(1)
+
+
+@lru_cache(maxsize=8)
+def _hadamard_matrix(size: int, device: torch.device) -> Tensor:
+    matrix = torch.ones(1, 1, dtype=torch.float32)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
+    return (matrix * size**-0.5).to(device)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Rotates the last dimension by the orthonormal Hadamard matrix; its size must be a power of two.
+
+    Applied to Q and K alike it leaves every score as it is and spreads outlier channels over all channels before quantising.
+    """
+    size = x.shape[-1]
+    if size & (size - 1):
+        raise ValueError(f"the last dimension must be a power of two for a Hadamard rotation, got {size}; zero-pad it first")
+    return x.float() @ _hadamard_matrix(size, x.device)
+
+
+def quantize_q(q: Tensor) -> Quantized:
+    """INT8 per row: q (..., S_q, D) any float dtype; scale fp32 (..., S_q, 1). A zero row has scale 0 and values 0."""
+    return _int8(q.float(), q.float().abs().amax(-1, keepdim=True), "per_row")
+
+
+def quantize_k(k: Tensor, centre: Tensor | None = None, key_valid: Tensor | None = None) -> Quantized:
+    """INT8 per 64 rows: k (B, H_kv, S_k, D); scale fp32 (B, H_kv, N_k, 1).
+
+    Parameters
+    ----------
+    k : (B, H_kv, S_k, D), any float dtype
+    centre : fp32 (B, H_kv, 1, D) or None
+        Subtracted first (`key_centre`).
+    key_valid : bool (B, S_k) or None
+        Masked keys are stored as zero and do not widen the scale.
+    """
+    x = k.float() if centre is None else k.float() - centre
+    if key_valid is not None:
+        x = torch.where(key_valid[:, None, :, None], x, 0)
+    n_k = num_blocks(x.shape[-2], BLOCK_K)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, n_k * BLOCK_K - x.shape[-2]))
+    absmax = padded.abs().unflatten(-2, (n_k, BLOCK_K)).amax((-2, -1))[..., None]
+    rows = absmax.repeat_interleave(BLOCK_K, -2)[..., : x.shape[-2], :]
+    return Quantized(_int8(x, rows, "per_row").values, absmax / 127, "per_block")
+
+
+def quantize_v(v: Tensor, dtype: str = "int8", key_valid: Tensor | None = None) -> Quantized:
+    """Per channel, as "int8" or "fp8" (e4m3): v (B, H_kv, S_k, D); scale fp32 (B, H_kv, 1, D).
+
+    Masked rows are stored as zero: whatever they held (NaN too) cannot leak. An all-zero channel has scale 0, never NaN.
+    """
+    x = v.float()
+    if key_valid is not None:
+        x = torch.where(key_valid[:, None, :, None], x, 0)
+    absmax = x.abs().amax(-2, keepdim=True)
+    if dtype == "int8":
+        return _int8(x, absmax, "per_channel")
+    if dtype == "fp8":
+        scale = absmax / E4M3_MAX
+        return Quantized((x / torch.where(scale > 0, scale, 1)).to(torch.float8_e4m3fn), scale, "per_channel")
+    raise ValueError(f"dtype must be 'int8' or 'fp8', got {dtype!r}")
+
+
+def _int8(x: Tensor, absmax: Tensor, per: str) -> Quantized:
+    scale = absmax / 127
+    return Quantized((x / torch.where(scale > 0, scale, 1)).round().clamp(-127, 127).to(torch.int8), scale, per)
