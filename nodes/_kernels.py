@@ -1,0 +1,77 @@
+"""The one crossing from the nodes into `kernels/`: one eligible attention call, in ComfyUI's terms, carried out sparsely."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import Tensor
+
+from ..kernels import AttentionInfo, BlockMask, UnsupportedCall, backends, block_sparse_attention, order, sparse_attention
+from ..kernels.backends import NAMES as BACKEND_NAMES
+from ..kernels.backends import choose
+from ..kernels.ops import Call
+
+__all__ = ["BACKEND_NAMES", "ORDER_KINDS", "AttentionInfo", "BlockMask", "Density", "attend", "backend_for", "backend_facts", "order_plan"]
+
+ORDER_KINDS = order.KINDS
+order_plan = order.plan
+
+
+@dataclass(frozen=True, eq=False)
+class Density:
+    """What decides the kept blocks of a call: the values of `sparse_attention`, or a fixed mask that replaces the selection."""
+
+    topk: float | Tensor | None
+    cdfthreshd: float | None
+    simthreshd1: float
+    pvthreshd: float
+    compensate: bool
+    block_mask: BlockMask | None = None
+
+
+@lru_cache(maxsize=32)
+def backend_for(device_type: str, wanted: str) -> tuple[str | None, str | None]:
+    """(backend name, None), or (None, why no backend runs here)."""
+    try:
+        return choose(Call(device_type, wanted, 1.0)), None
+    except UnsupportedCall as refusal:
+        return None, "; ".join(f"{name}: {why}" for name, why in refusal.reasons.items())
+
+
+def backend_facts(name: str):
+    """What a backend is: `quantised`, `skips_pv`."""
+    return backends()[name]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    density: Density,
+    *,
+    layout: str,
+    scale: float | None,
+    key_mask: Tensor | None,
+    protected: tuple[tuple[int, int], ...],
+    plan,
+    backend: str,
+) -> tuple[Tensor, AttentionInfo]:
+    """Sparse attention over (B, H, S, D) ("HND") or (B, S, H, D) ("NHD") views; the output has q's layout."""
+    common = dict(
+        pvthreshd=density.pvthreshd, scale=scale, key_mask=key_mask, order=plan, compensate=density.compensate, layout=layout, backend=backend,
+        return_info=True,
+    )  # fmt: skip
+    if density.block_mask is not None:
+        mask = density.block_mask
+        if protected:
+            ranges = [(start, end) for start, end in protected]
+            s_q, s_k = (x.shape[2 if layout == "HND" else 1] for x in (q, k))
+            if plan is not None and not plan.is_identity:
+                moved = plan.inverse
+                ranges = [(int(moved[a:b].min()), int(moved[a:b].max()) + 1) for a, b in ranges]
+            mask = mask | BlockMask.global_tokens(s_q, s_k, ranges)
+        return block_sparse_attention(q, k, v, mask, **common)
+    return sparse_attention(
+        q, k, v, topk=density.topk, cdfthreshd=density.cdfthreshd, simthreshd1=density.simthreshd1, always_keep=list(protected), **common
+    )

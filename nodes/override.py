@@ -1,0 +1,212 @@
+"""ComfyUI's attention call -> eligible, or a counted reason -> the kernels, or the earlier override, or ComfyUI's own attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import _kernels, geometry, reasons
+from .run_state import CallContext, Patch, layer_listed
+from .telemetry import Timer
+
+SHORT_TEXT = 1024
+TILES_BELOW = 0.15  # density up to which compact blocks beat row-major ones on trained attention
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One attention call of ComfyUI by name. q, k, v are (B, H, S, D) when `skip_reshape`, else (B, S, H * D), or (B, S, H, D) as SD3's v is."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    heads: int
+    mask: Tensor | None
+    attn_precision: torch.dtype | None
+    skip_reshape: bool
+    skip_output_reshape: bool
+    options: dict
+    scale: float | None
+    full_precision: bool
+
+    @classmethod
+    def bind(cls, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, *, transformer_options=None,
+             scale=None, low_precision_attention=True, **_) -> Request:  # fmt: skip
+        options = transformer_options if isinstance(transformer_options, dict) else {}
+        return cls(q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, options, scale, low_precision_attention is False)
+
+    @property
+    def head_dim(self) -> int:
+        return self.q.shape[-1] if self.q.dim() == 4 else self.q.shape[-1] // self.heads
+
+    @property
+    def s_q(self) -> int:
+        return self.q.shape[2 if self.skip_reshape else 1]
+
+    @property
+    def s_k(self) -> int:
+        return self.k.shape[2 if self.skip_reshape else 1]
+
+    def views(self) -> tuple[Tensor, Tensor, Tensor, str]:
+        """q, k, v with a head dimension and their layout; no copies but where the last dimension is not contiguous."""
+        tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in (self.q, self.k, self.v)]
+        if self.skip_reshape:
+            return (*tensors, "HND")
+        return (*(x if x.dim() == 4 else x.unflatten(-1, (-1, self.head_dim)) for x in tensors), "NHD")
+
+    def shaped(self, out: Tensor) -> Tensor:
+        """The kernels' output as ComfyUI wants it: (B, S, H * D), or (B, H, S, D) when `skip_output_reshape`."""
+        if self.skip_reshape:
+            return out if self.skip_output_reshape else out.transpose(1, 2).flatten(2)
+        return out.transpose(1, 2) if self.skip_output_reshape else out.flatten(2)
+
+
+class AttentionOverride:
+    """What ComfyUI calls for every attention call of a patched model. It has no `container_function`, so it always gets plain tensors."""
+
+    def __init__(self, patch: Patch, previous):
+        self.patch = patch
+        self.previous = previous
+
+    @torch.compiler.disable
+    def __call__(self, func, *args, **kwargs):
+        request = Request.bind(*args, **kwargs)
+        call = request.options.get(self.patch.key)
+        if call is None:  # no model call of a sampler run: nothing is known, nothing is counted
+            return (self.previous or _plain)(func, *args, **kwargs)
+        if call.depth:  # an override below ours called us again: this call is decided already
+            return self._earlier(call, func, args, kwargs)
+        decision = decide(request, call)
+        run = call.run.telemetry
+        if isinstance(decision, Dense):
+            timer = None if decision.layer is None else Timer(request.q.device)
+            out = self._earlier(call, func, args, kwargs)
+            run.dense(call.run.step, decision.layer, request.s_q, decision.reason, None if timer is None else timer.stop())
+            return out
+        q, k, v, layout = request.views()
+        timer = Timer(q.device)
+        out, info = _kernels.attend(
+            q, k, v, decision.density, layout=layout, scale=request.scale, key_mask=decision.key_mask, protected=decision.protected,
+            plan=decision.plan, backend=call.run.settings.backend,
+        )  # fmt: skip
+        timer.stop()
+        run.sparse(call.run.step, decision.layer, request.s_q, info.density, info.pv_skipped, timer)
+        return request.shaped(out)
+
+    def _earlier(self, call: CallContext, func, args, kwargs):
+        """The override that was on top, once; called again from below, the one of patch time; then ComfyUI's own attention."""
+        chain = [call.adopted, self.previous] if call.adopted is not None and call.adopted is not self.previous else [self.previous]
+        target = chain[call.depth] if call.depth < len(chain) else None
+        call.depth += 1
+        try:
+            return (target or _plain)(func, *args, **kwargs)
+        finally:
+            call.depth -= 1
+
+
+def _plain(func, *args, **kwargs):
+    return func(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The call stays dense for `reason`; `layer` None for calls that are not a block's own self-attention."""
+
+    layer: int | None
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """The call runs sparse."""
+
+    layer: int
+    density: _kernels.Density
+    key_mask: Tensor | None
+    protected: tuple[tuple[int, int], ...]
+    plan: object | None
+
+
+def decide(request: Request, call: CallContext) -> Dense | Sparse:
+    """The fixed order of questions; the first "no" names the reason."""
+    run, settings, tokens = call.run, call.run.settings, request.s_q
+    if request.s_q != request.s_k and request.s_k <= SHORT_TEXT:
+        return Dense(None, reasons.CROSS_ATTENTION.format(keys=request.s_k))
+    layer = call.next_layer(tokens, request.options)
+    no = _unfit(request, run.patch)
+    if no is not None:
+        return Dense(layer, no)
+    if not run.in_window():
+        return Dense(layer, reasons.WINDOW)
+    listed = False if layer is None else layer_listed(layer, settings.dense_blocks, run.patch.total_layers)
+    if listed is not False:
+        return Dense(layer, reasons.DENSE_BLOCK if listed else reasons.COUNTING_BLOCKS)
+    shortest = min(request.s_q, request.s_k)
+    if shortest < settings.min_tokens:
+        return Dense(layer, reasons.TOO_SHORT.format(tokens=shortest, limit=settings.min_tokens))
+    if layer is None or request.s_k <= 64:
+        return Dense(layer, reasons.ONE_BLOCK.format(tokens=request.s_k))
+    key_mask, no = key_mask_of(request.mask, request.q.shape[0], request.s_k)
+    if no is not None:
+        return Dense(layer, no)
+    density = settings.density(run, layer)
+    if density is None:
+        return Dense(layer, reasons.POLICY_DENSE)
+    return _placed(request, call, layer, density, key_mask)
+
+
+def _unfit(request: Request, patch: Patch) -> str | None:
+    """Why the tensors themselves rule the kernels out."""
+    backend, why = _kernels.backend_for(request.q.device.type, patch.settings.backend)
+    if backend is None:
+        return reasons.NO_BACKEND.format(why=why)
+    wants_fp32 = request.attn_precision == torch.float32 and request.q.dtype != torch.float32
+    if (request.full_precision or wants_fp32) and _kernels.backend_facts(backend).quantised:
+        return reasons.OPTED_OUT
+    dtypes = {request.q.dtype, request.k.dtype, request.v.dtype}
+    if len(dtypes) > 1 or request.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return reasons.DTYPE.format(dtype=", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)))
+    if request.head_dim > 256:
+        return reasons.HEAD_DIM.format(dim=request.head_dim)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (request.q, request.k, request.v)):
+        return reasons.GRADIENTS
+    return None
+
+
+def key_mask_of(mask: Tensor | None, batch: int, s_k: int) -> tuple[Tensor | None, str | None]:
+    """ComfyUI's mask as (B, S_k), or why it is not one: (key mask, None) or (None, reason).
+
+    2-D masks are [S_q, S_k], 3-D [B, S_q or 1, S_k], 4-D [B, H or 1, S_q or 1, S_k]; a mask expanded over its queries is one row.
+    """
+    if mask is None:
+        return None, None
+    shape = tuple(mask.shape)
+    if mask.dim() not in (2, 3, 4) or shape[-1] != s_k or (mask.dtype != torch.bool and not mask.is_floating_point()):
+        return None, reasons.MASK_SHAPE.format(shape=f"{list(shape)} ({str(mask.dtype).removeprefix('torch.')})")
+    full = mask[None, None] if mask.dim() == 2 else mask[:, None] if mask.dim() == 3 else mask
+    for axis, reason in ((1, reasons.MASK_PER_HEAD), (2, reasons.MASK_PER_QUERY)):
+        if full.shape[axis] != 1 and full.stride(axis) != 0:
+            return None, reason
+    if full.shape[0] not in (1, batch):
+        return None, reasons.MASK_SHAPE.format(shape=f"{list(shape)} for a batch of {batch}")
+    return full[:, 0, 0].expand(batch, s_k), None
+
+
+def _placed(request: Request, call: CallContext, layer: int, density: _kernels.Density, key_mask: Tensor | None) -> Sparse:
+    """Adds what the geometry of the sequence says: protected spans and the token order."""
+    settings = call.run.settings
+    layout = call.layout(request.s_q, request.options) if request.s_q == request.s_k else None
+    if layout is None:
+        protected = geometry.fallback_protected(request.s_q, call.model_call.context_tokens) if request.s_q == request.s_k else ()
+        return Sparse(layer, density, key_mask, protected, None)
+    protected = layout.protected + (layout.references if settings.protect_references else ())
+    kind = settings.token_order
+    if kind == "auto":
+        share = density.topk if isinstance(density.topk, float) else 1.0
+        kind = "tiles" if share <= TILES_BELOW and density.cdfthreshd is None else "row_major"
+    plan = None if kind == "row_major" else _kernels.order_plan(kind, layout.segments)
+    if settings.block_mask is not None:
+        density = settings.masked(density, plan or _kernels.order_plan("row_major", layout.segments))
+    return Sparse(layer, density, key_mask, protected, plan)

@@ -1,0 +1,192 @@
+"""The node SpargeAttention: checks its values, clones the model and hangs the attention override and its wrappers on the clone."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, fields, replace
+
+from . import _comfy, _kernels
+from ._comfy import io
+from .override import AttentionOverride
+from .run_state import Patch
+
+TOKEN_ORDERS = ("auto", *_kernels.ORDER_KINDS)
+BACKENDS = _kernels.BACKEND_NAMES  # the same list on every machine: a saved workflow must load anywhere
+WRAPPER_KEY = "sparge_attention"
+
+LIMITS = {
+    "topk": (0.05, 1.0, "use 1 for dense attention, 0.5 to keep half of the blocks"),
+    "pvthreshd": (1.0, 50.0, "15 is a good start, 50 is off in practice"),
+    "start_percent": (0.0, 1.0, "0 starts with the first step"),
+    "end_percent": (0.0, 1.0, "1 ends with the last step"),
+    "min_tokens": (0, 1 << 24, "4096 is a good start"),
+    "simthreshd1": (-1.0, 1.0, "-0.1 switches the judge off"),
+    "cdfthreshd": (0.0, 1.0, "0 switches it off"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The node's values, checked. `dense_blocks` holds (first, last) ranges, negative numbers counted from the end."""
+
+    topk: float = 0.5
+    pvthreshd: float = 15.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    dense_blocks: tuple[tuple[int, int], ...] = ()
+    min_tokens: int = 4096
+    simthreshd1: float = -0.1
+    cdfthreshd: float = 0.0
+    token_order: str = "auto"
+    compensate: bool = False
+    protect_references: bool = False
+    backend: str = "auto"
+    policy: object = None
+    block_mask: object = None
+
+    def density(self, run, layer: int) -> _kernels.Density | None:
+        """What block `layer` keeps at this point of `run`; None: dense. A policy's `topk(run, layer)` wins over the slider."""
+        topk = self.topk
+        if self.policy is not None:
+            topk = self.policy.topk(run, layer)
+            if topk is None:
+                return None
+        return _kernels.Density(topk, self.cdfthreshd or None, self.simthreshd1, self.pvthreshd, self.compensate)
+
+    def masked(self, density: _kernels.Density, plan) -> _kernels.Density:
+        """`density` with the fixed mask that the block_mask input builds for this order plan."""
+        return replace(density, block_mask=self.block_mask.build(plan))
+
+    def shown(self) -> dict:
+        """The plain values, for reports."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("policy", "block_mask")}
+        return plain | {"dense_blocks": ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in self.dense_blocks)}
+
+
+def parse_blocks(text: str) -> tuple[tuple[int, int], ...]:
+    """"0, 3-5, -1" -> ((0, 0), (3, 5), (-1, -1)); commas, spaces and semicolons separate.
+
+    Raises
+    ------
+    ValueError
+        For anything that is not a block number or a range of them.
+    """
+    ranges = []
+    for entry in re.split(r"[,;\s]+", text.strip()):
+        if not entry:
+            continue
+        match = re.fullmatch(r"(-?\d+)(?:-(-?\d+))?", entry)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not match or ((first < 0) == (last < 0) and first > last):
+            raise ValueError(f"dense_blocks must hold block numbers and ranges such as '0, 3-5, -1', got {entry!r}; correct it or leave it empty")
+        ranges.append((first, last))
+    return tuple(ranges)
+
+
+def check(values: dict) -> str | None:
+    """What is wrong with the node's plain values, as a sentence; None when nothing is. Values that come over a link are absent or None."""
+    for name, (low, high, remedy) in LIMITS.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
+            return f"{name} must be {low:g} to {high:g}, got {value!r}; {remedy}"
+    for name, choices in (("token_order", TOKEN_ORDERS), ("backend", BACKENDS)):
+        if values.get(name) is not None and values[name] not in choices:
+            return f"{name} must be one of {', '.join(choices)}, got {values[name]!r}"
+    start, end = values.get("start_percent"), values.get("end_percent")
+    if start is not None and end is not None and start > end:
+        return f"start_percent must not be above end_percent, got {start:g} and {end:g}; swap them"
+    try:
+        parse_blocks(values.get("dense_blocks") or "")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def install(model, settings: Settings, node: str | None = None):
+    """A clone of `model` (a ModelPatcher) whose attention goes through the kernels while it is sampled."""
+    patched = model.clone()
+    patch = Patch(settings, node)
+    patch.override = AttentionOverride(patch, _comfy.attention_override(patched))
+    _comfy.set_attention_override(patched, patch.override)
+    _comfy.add_wrapper(patched, _comfy.WRAPPERS.OUTER_SAMPLE, WRAPPER_KEY, patch.outer_sample)
+    _comfy.add_wrapper(patched, _comfy.WRAPPERS.APPLY_MODEL, WRAPPER_KEY, patch.apply_model)
+    return patched
+
+
+def patches_of(model) -> list[Patch]:
+    """The patches that SpargeAttention nodes have put on a model, first to last."""
+    owners = (getattr(function, "__self__", None) for function in _comfy.wrappers_of(model, _comfy.WRAPPERS.OUTER_SAMPLE))
+    return [owner for owner in owners if isinstance(owner, Patch)]
+
+
+class SpargeAttention(io.ComfyNode):
+    """Patches a model so that it attends only to the blocks that matter."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        slider = io.NumberDisplay.slider
+        return io.Schema(
+            node_id="SpargeAttention",
+            display_name="Sparge Attention",
+            category="model_patches/sparge",
+            description="Speeds up sampling: the model attends only to the blocks of tokens that matter, chosen anew in every call. Put it between "
+            "the loader (and LoRAs) and the sampler. It says after each run what it skipped and why anything stayed dense.",
+            inputs=[
+                io.Model.Input("model"),
+                io.Float.Input("topk", default=0.5, min=0.05, max=1.0, step=0.01, display_mode=slider,
+                               tooltip="Share of the key blocks that each block of queries keeps. Lower is faster and less exact; 1 is dense."),
+                io.Float.Input("pvthreshd", default=15.0, min=1.0, max=50.0, step=0.5, display_mode=slider,
+                               tooltip="Also skips the value half of tiles whose scores lie this far (log2 units) below the running maximum. Lower "
+                               "skips more; 50 is off. Has no effect on the CPU (torch) backend."),
+                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
+                               tooltip="Sparse from this share of the schedule on; earlier steps, which settle the composition, stay dense."),
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Dense again after this share of the schedule."),
+                io.String.Input("dense_blocks", default="", tooltip="Blocks that always stay dense, in call order from 0: '0, 3-5, -1'. Negative "
+                                "numbers count from the end."),
+                io.Int.Input("min_tokens", default=4096, min=0, max=1 << 24, step=256,
+                             tooltip="Calls with fewer tokens than this stay dense: short sequences gain nothing."),
+                io.Float.Input("simthreshd1", default=-0.1, min=-1.0, max=1.0, step=0.05,
+                               tooltip="A block whose tokens are less alike than this is never skipped. Negative: off."),
+                io.Float.Input("cdfthreshd", default=0.0, min=0.0, max=1.0, step=0.01,
+                               tooltip="Also keep blocks until this share of the predicted attention is covered, so that hard heads keep more. 0: off."),
+                io.Combo.Input("token_order", options=list(TOKEN_ORDERS), default="auto",
+                               tooltip="How tokens are grouped into blocks. auto: 3-D tiles up to topk 0.15, rows above."),
+                io.Boolean.Input("compensate", default=False, tooltip="Let skipped blocks count with their average instead of not at all."),
+                io.Boolean.Input("protect_references", default=False, tooltip="Never skip reference images (Kontext, Qwen-Image-Edit)."),
+                io.Combo.Input("backend", options=list(BACKENDS), default="auto",
+                               tooltip="auto takes the fastest one that runs here, or leaves the call dense and says so. torch works everywhere and "
+                               "is faster than dense attention on a CPU only."),
+                io.Custom("SPARGE_POLICY").Input("policy", optional=True, tooltip="A policy that sets the density by step and block."),
+                io.Custom("SPARGE_BLOCK_MASK").Input("block_mask", optional=True, tooltip="A fixed pattern instead of the selection."),
+            ],
+            outputs=[io.Model.Output(display_name="model")],
+            hidden=[io.Hidden.unique_id],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, topk=None, pvthreshd=None, start_percent=None, end_percent=None, dense_blocks=None, min_tokens=None, simthreshd1=None,
+                        cdfthreshd=None, token_order=None, backend=None) -> bool | str:  # fmt: skip
+        return check(locals()) or True
+
+    @classmethod
+    def execute(cls, model, dense_blocks="", **values) -> io.NodeOutput:
+        wrong = check(values | {"dense_blocks": dense_blocks})
+        if wrong is not None:
+            raise ValueError(wrong)
+        settings = Settings(dense_blocks=parse_blocks(dense_blocks), **values)
+        node = cls.hidden.unique_id if cls.hidden is not None else None
+        _comfy.show_text(node, describe(settings, getattr(model.load_device, "type", "cpu")))
+        return io.NodeOutput(install(model, settings, node))
+
+
+def describe(settings: Settings, device_type: str) -> str:
+    """What the node says before the first run: the backend, and what it cannot profit from."""
+    backend, why = _kernels.backend_for(device_type, settings.backend)
+    if backend is None:
+        return f"stays dense on this device: {why}"
+    if not _kernels.backend_facts(backend).skips_pv:
+        return f"backend {backend}: pvthreshd has no effect here (whole blocks are skipped, never half of one)"
+    return f"backend {backend}"

@@ -1,0 +1,27 @@
+"""Why a call stayed dense: every sentence that a user can meet in a report, in one place.
+
+A sentence is a template; what it is filled with makes the counted reason, so that "2,048 tokens" and "1,024 tokens" count apart.
+"""
+
+from __future__ import annotations
+
+OPTED_OUT = "the model asked for full precision in this call"
+GRADIENTS = "inputs need gradients (there is no backward)"
+DTYPE = "dtype {dtype} (float16, bfloat16 and float32 are supported)"
+HEAD_DIM = "head_dim {dim} (up to 256 is supported)"
+NO_BACKEND = "no fast kernel for this device ({why})"
+OUTSIDE_RUN = "called outside a sampler run"
+WINDOW = "outside the step window (start_percent, end_percent)"
+DENSE_BLOCK = "block is listed in dense_blocks"
+COUNTING_BLOCKS = "first model call: counting the blocks for the negative numbers in dense_blocks"
+CROSS_ATTENTION = "cross-attention to {keys:,} tokens"
+TOO_SHORT = "{tokens:,} tokens < min_tokens {limit:,}"
+ONE_BLOCK = "{tokens:,} tokens are too few to skip any"
+MASK_PER_QUERY = "mask differs per query"
+MASK_PER_HEAD = "mask differs per head"
+MASK_SHAPE = "mask of shape {shape} is not understood"
+POLICY_DENSE = "the policy asks for dense attention here"
+
+# What is said when a whole run saw no call at all.
+NEVER_ROUTED = "ComfyUI does not route the attention of {family} through its hook, so no node can speed it up"
+NOTHING_SEEN = "no attention call reached this node: another node's attention patch answered them all, or the model has none"

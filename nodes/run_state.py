@@ -1,0 +1,216 @@
+"""What a patched model remembers while it is sampled: the open run, its step, and one context for every model call.
+
+The wrappers here open and close a run around each sampler call and hand every model call's facts to the attention override.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+from . import _comfy, _kernels, geometry, reasons, telemetry
+
+logger = logging.getLogger("sparge_attention")
+_numbers = itertools.count(1)
+
+
+class Patch:
+    """One SpargeAttention node on one model; shared by all clones of that model.
+
+    settings : the frozen `Settings` of the node; node : its id in the graph, or None.
+    """
+
+    def __init__(self, settings, node: str | None):
+        self.settings = settings
+        self.node = node
+        self.key = f"sparge_{next(_numbers)}"
+        self.override = None  # set by patch.install
+        self.runs: list[RunState] = []  # open runs, innermost last
+        self.total_layers: int | None = None
+
+    @property
+    def run(self) -> RunState | None:
+        return self.runs[-1] if self.runs else None
+
+    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs):
+        """Wrapper around one sampler call."""
+        state = RunState(self, executor.class_obj.model_patcher, [float(s) for s in sigmas])
+
+        def step_done(step, *rest):
+            state.end_step(step)
+            if callback is not None:
+                return callback(step, *rest)
+
+        self.runs.append(state)
+        try:
+            return executor(noise, latent_image, sampler, sigmas, denoise_mask, step_done, *args, **kwargs)
+        finally:
+            self.runs.remove(state)
+            state.close()
+
+    def apply_model(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
+        """Wrapper around one model call: makes the context that the override reads, and puts the override back on top where it was replaced."""
+        options = dict(transformer_options or {})
+        if self.run is not None:
+            model = _comfy.diffusion_model(executor.class_obj)
+            shape = _latent_shape(x, conds)
+            context = 0 if c_crossattn is None else c_crossattn.shape[1]
+            call = CallContext(self.run, geometry.ModelCall(model, shape, context, conds, options))
+            options[self.key] = call
+            found = options.get(_comfy.KEY)
+            if not leads_to(found, self.override):
+                call.adopted = found
+                options[_comfy.KEY] = self.override
+            try:
+                return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+            finally:
+                call.finish()
+        return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+
+
+def _latent_shape(x, conds) -> tuple[int, ...]:
+    """Newer versions pack several latents into one; the first is the picture or video."""
+    packed = conds.get("latent_shapes")
+    if packed is not None and len(packed) and not isinstance(packed[0], int):
+        return tuple(packed[0])
+    return tuple(x.shape)
+
+
+class RunState:
+    """One sampler call: host-side step counter, window, and the telemetry it fills."""
+
+    def __init__(self, patch: Patch, patcher, sigmas: list[float]):
+        self.patch = patch
+        self.settings = patch.settings
+        self.step = 0
+        self.sigmas = sigmas
+        self.start_sigma = _comfy.percent_to_sigma(patcher, self.settings.start_percent)
+        self.end_sigma = _comfy.percent_to_sigma(patcher, self.settings.end_percent)
+        model = _comfy.diffusion_model(patcher.model)
+        self.family = geometry.family_of(model)
+        device = getattr(patcher, "load_device", None)
+        self.telemetry = telemetry.runs.open(
+            node=str(patch.node), owner=patch, sigmas=sigmas,
+            facts={
+                "model": type(getattr(model, "_orig_mod", model)).__name__,
+                "family": self.family.name if self.family else None,
+                "backend": _kernels.backend_for(getattr(device, "type", "cpu"), self.settings.backend)[0],
+                "device": str(device),
+                "settings": self.settings.shown(),
+            },
+        )  # fmt: skip
+
+    @property
+    def steps(self) -> int:
+        return max(1, len(self.sigmas) - 1)
+
+    @property
+    def sigma(self) -> float:
+        """Sigma at the start of this step."""
+        return self.sigmas[min(self.step, len(self.sigmas) - 1)] if self.sigmas else 0.0
+
+    @property
+    def percent(self) -> float:
+        """How much of this run's schedule is done, 0..1."""
+        return min(1.0, self.step / self.steps)
+
+    def in_window(self) -> bool:
+        return self.end_sigma < self.sigma <= self.start_sigma
+
+    def end_step(self, step: int) -> None:
+        """The sampler has finished `step` (its own count, from 0)."""
+        self.step = int(step) + 1
+        self.telemetry.end_step()
+
+    def close(self) -> None:
+        self.telemetry.close()
+        if self.family is not None and self.family.parts is None:
+            self.telemetry.note = reasons.NEVER_ROUTED.format(family=self.family.name)
+        elif self.telemetry.calls == 0 and self.sigmas:
+            self.telemetry.note = reasons.NOTHING_SEEN
+        telemetry.runs.add(self.telemetry)
+        summary = self.telemetry.summary()
+        logger.info("Sparge Attention, run %d: %s", self.telemetry.number, summary)
+        _comfy.show_text(self.patch.node, summary)
+
+
+class CallContext:
+    """One model call: numbers its blocks, finds its layouts, and guards against overrides that call each other in a circle."""
+
+    def __init__(self, run: RunState, model_call: geometry.ModelCall):
+        self.run = run
+        self.model_call = model_call
+        self.depth = 0
+        self.adopted = None
+        self.layers = 0
+        self._layouts: dict = {}
+
+    def layout(self, tokens: int, options) -> geometry.Layout | None:
+        key = (tokens, tuple(options.get("activations_shape") or ()))
+        if key not in self._layouts:
+            self._layouts[key] = geometry.layout(self.run.family, self._with(options), tokens)
+        return self._layouts[key]
+
+    def next_layer(self, tokens: int, options) -> int | None:
+        """The number of the block whose attention call this is, in call order; None for a call that is not a block's (a text refiner's)."""
+        grid = geometry.grid_tokens(self.run.family, self._with(options))
+        if grid is not None and tokens < grid and self.layout(tokens, options) is None:
+            return None
+        self.layers += 1
+        return self.layers - 1
+
+    def _with(self, options) -> geometry.ModelCall:
+        call = self.model_call
+        return geometry.ModelCall(call.model, call.x_shape, call.context_tokens, call.conds, options)
+
+    def finish(self) -> None:
+        if self.layers:
+            patch = self.run.patch
+            patch.total_layers = self.layers if patch.total_layers is None else max(patch.total_layers, self.layers)
+
+
+def leads_to(override, ours) -> bool:
+    """Whether calling `override` may reach `ours`: it is ours, or it holds ours in an attribute or a closure, a few links deep."""
+    seen, front = set(), [override]
+    for _ in range(6):
+        following = []
+        for item in front:
+            if item is ours:
+                return True
+            if item is None or id(item) in seen or not callable(item):
+                continue
+            seen.add(id(item))
+            following += _held_by(item)
+        front = following
+    return any(item is ours for item in front)
+
+
+def _held_by(item) -> list:
+    held = [cell.cell_contents for cell in getattr(item, "__closure__", None) or () if _filled(cell)]
+    held += list(getattr(item, "__defaults__", None) or ())
+    held += [getattr(item, "func", None), *getattr(item, "args", ())] if type(item).__name__ == "partial" else []
+    owner = getattr(item, "__self__", item)
+    held += list(getattr(owner, "__dict__", {}).values())
+    return held
+
+
+def _filled(cell) -> bool:
+    try:
+        cell.cell_contents
+    except ValueError:  # a name that its function has not set yet
+        return False
+    return True
+
+
+def layer_listed(layer: int, listed: tuple[tuple[int, int], ...], total: int | None) -> bool | None:
+    """Whether a block is in dense_blocks ranges; None when that hangs on negative numbers and the total is not known yet."""
+    unknown = False
+    for first, last in listed:
+        if (first < 0 or last < 0) and total is None:
+            unknown = True
+            continue
+        low, high = (n + total if n < 0 else n for n in (first, last))
+        if low <= layer <= high:
+            return True
+    return None if unknown else False
+

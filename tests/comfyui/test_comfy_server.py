@@ -1,0 +1,110 @@
+"""The harness itself: the real server, core nodes and the fixture nodes."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import comfy_server
+import demo_model
+import install
+import pytest
+import safetensors.torch
+import torch
+
+MODEL = "demo_wan.safetensors"
+
+
+def missing_tree() -> bool:
+    return not (install.comfyui_tree() / "main.py").is_file() or not install.venv_python().is_file()
+
+
+@pytest.fixture(scope="module")
+def server():
+    if missing_tree():
+        if os.environ.get("CI") == "true":
+            pytest.fail("a ComfyUI tree and .venv are missing, and with CI=true a missing tool is a failure")
+        pytest.skip("a ComfyUI tree or .venv is missing")
+    made = comfy_server.ComfyServer()
+    demo_model.write_demo_model(made.model_path(MODEL))
+    with made:
+        yield made
+
+
+def graph(**changes) -> dict:
+    """Two steps of the demo model on 3 x 4 x 6 tokens, decoded and recorded; `changes` are KSampler inputs."""
+    sampler = {"seed": 1, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    sampler |= {"model": ["1", 0], "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["3", 0]} | changes
+    return {
+        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": MODEL, "weight_dtype": "default"}},
+        "2": {"class_type": "SpargeDemoConditioning", "inputs": {"tokens": 8, "dim": 4096, "seed": 3}},
+        "3": {"class_type": "EmptyHunyuanLatentVideo", "inputs": {"width": 96, "height": 64, "length": 9, "batch_size": 1}},
+        "4": {"class_type": "KSampler", "inputs": sampler},
+        "5": {"class_type": "SpargeDemoDecode", "inputs": {"samples": ["4", 0], "scale": 1, "between": 2}},
+        "6": {"class_type": "SpargeDemoRecord", "inputs": {"samples": ["4", 0], "images": ["5", 0], "name": "small"}},
+    }
+
+
+def test_fixture_nodes_are_listed(server):
+    info = server.object_info()
+    assert {"SpargeDemoConditioning", "SpargeDemoDecode", "SpargeDemoRecord", "KSampler", "UNETLoader"} <= set(info)
+    assert info["SpargeDemoDecode"]["python_module"] == f"custom_nodes.{comfy_server.FIXTURE_FOLDER}"
+    assert MODEL in info["UNETLoader"]["input"]["required"]["unet_name"][0]
+
+
+def test_sampling_reports_progress_and_decodes(server):
+    seen = []
+    entry = server.queue(graph(), lambda *event: seen.append(event))
+    assert [event for event in seen if event[0] == "4"] == [("4", 1, 2), ("4", 2, 2)]
+    record = safetensors.torch.load_file(server.output / entry["outputs"]["6"]["record"][0])
+    assert record["latent"].shape == (1, 16, 3, 8, 12)
+    assert torch.isfinite(record["latent"]).all()
+    assert record["frames"].shape == (5, 16, 24, 3)
+    assert record["frames"].float().std() > 1
+
+
+@pytest.mark.parametrize(
+    "changes, node, words",
+    [({"steps": 0}, "4", "steps"), ({"sampler_name": "no_such"}, "4", "no_such"), ({"positive": ["1", 0]}, "4", "MODEL")],
+    ids=["range", "choice", "type"],
+)
+def test_refused_prompt_names_the_node(server, changes, node, words):
+    with pytest.raises(comfy_server.PromptError, match=words) as caught:
+        server.queue(graph(**changes))
+    assert words in caught.value.nodes[node]
+    assert "KSampler" in str(caught.value)
+
+
+def test_failing_node_raises_and_the_server_lives_on(server):
+    bad = graph()
+    bad["6"]["inputs"]["name"] = "folder/file"
+    with pytest.raises(comfy_server.PromptError, match="name must be a plain file name, got 'folder/file'") as caught:
+        server.queue(bad)
+    assert "ValueError" in caught.value.nodes["6"]
+    assert server.queue(graph(seed=2))["status"]["status_str"] == "success"
+
+
+def test_start_that_fails_shows_the_log_and_leaves_nothing():
+    if missing_tree():
+        pytest.skip("a ComfyUI tree or .venv is missing")
+    broken = comfy_server.ComfyServer(arguments=("--no-such-option",))
+    with pytest.raises(comfy_server.ServerError, match="exit status 2") as caught, broken:
+        pass
+    assert "--no-such-option" in str(caught.value)
+    assert not broken.base.exists()
+
+
+def test_stop_leaves_no_process(server):
+    """Last of the module: it ends the shared server."""
+    process, port = server.process, server.port
+    assert "Starting server" in server.log()
+    server.stop()
+    assert process.poll() is not None
+    if sys.platform != "win32":
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    assert comfy_server.free_port(port) == port
+    assert "Starting server" in server.log()
+    assert not server.base.exists()
+    with pytest.raises(comfy_server.ServerError, match="not running"):
+        server.object_info()
