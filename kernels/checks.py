@@ -29,7 +29,9 @@ def tensors(q: Tensor, k: Tensor, v: Tensor | None, layout: str) -> tuple[Tensor
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}; convert it first")
         if x.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions ({layout}: {'B, H, S, D' if layout == 'HND' else 'B, S, H, D'}), got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must have 4 dimensions ({layout}: {'B, H, S, D' if layout == 'HND' else 'B, S, H, D'}), got shape {tuple(x.shape)}"
+            )
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16 or float32, got {x.dtype}; convert it first")
         if min(x.shape) < 1:

@@ -31,7 +31,9 @@ def _key_mask(attn_mask, batch: int, s_k: int):
     mask = attn_mask
     if mask.dim() == 4:
         if mask.shape[1] != 1 or mask.shape[2] != 1:
-            raise ValueError(f"attn_mask must be the same for every head and query, shape (B, 1, 1, S_k), got {tuple(mask.shape)}; use dense attention")
+            raise ValueError(
+                f"attn_mask must be the same for every head and query, shape (B, 1, 1, S_k), got {tuple(mask.shape)}; use dense attention"
+            )
         mask = mask[:, 0, 0]
     if mask.shape[0] not in (1, batch) or mask.shape[1] != s_k:
         raise ValueError(f"attn_mask must have the shape (B, 1, 1, S_k) with B={batch}, S_k={s_k}, got {tuple(attn_mask.shape)}")

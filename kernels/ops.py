@@ -44,9 +44,7 @@ class Call:
 
 
 _RULE = "float? topk, float? cdf, float sim, str score, Tensor? topk_heads, Tensor? cdf_heads, Tensor? sim_heads"
-_COMMON = (
-    "Tensor? key_mask, bool causal, int causal_offset, float scale, bool smooth_k, int[] keep_q, int[] keep_k, Tensor? perm, str backend"
-)
+_COMMON = "Tensor? key_mask, bool causal, int causal_offset, float scale, bool smooth_k, int[] keep_q, int[] keep_k, Tensor? perm, str backend"
 _SCHEMAS = {
     "select": f"select(Tensor q, Tensor k, {_RULE}, {_COMMON}) -> (Tensor, Tensor)",
     "attend": f"attend(Tensor q, Tensor k, Tensor v, Tensor? block_map, {_RULE}, float pvthreshd, Tensor? pv_heads, bool compensate, bool want_lse, "
@@ -79,7 +77,9 @@ def _attend(q, k, v, block_map, topk, cdf, sim, score, topk_heads, cdf_heads, si
 
 
 def _rule(topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads) -> Rule:
-    return Rule(*(plain if heads is None else heads.to(torch.float32) for plain, heads in ((topk, topk_heads), (cdf, cdf_heads), (sim, sim_heads))), score)
+    return Rule(
+        *(plain if heads is None else heads.to(torch.float32) for plain, heads in ((topk, topk_heads), (cdf, cdf_heads), (sim, sim_heads))), score
+    )
 
 
 def _visible_part(call: Call, q: Tensor, k: Tensor, block_map: Tensor, keys: Keys | None) -> tuple[Tensor, Tensor]:

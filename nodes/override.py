@@ -146,7 +146,9 @@ def decide(request: Request, call: CallContext) -> Dense | Sparse:
     shortest = min(request.s_q, request.s_k)
     if shortest < settings.min_tokens:
         return Dense(layer, reasons.TOO_SHORT.format(tokens=shortest, limit=settings.min_tokens))
-    if layer is None or request.s_k <= 64:
+    if layer is None:
+        return Dense(None, reasons.NOT_A_BLOCK.format(tokens=tokens))
+    if request.s_k <= 64:
         return Dense(layer, reasons.ONE_BLOCK.format(tokens=request.s_k))
     key_mask, no = key_mask_of(request.mask, request.q.shape[0], request.s_k)
     if no is not None:

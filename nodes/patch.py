@@ -25,6 +25,25 @@ LIMITS = {
     "cdfthreshd": (0.0, 1.0, "0 switches it off"),
 }
 
+TOOLTIPS = {
+    "topk": "Share of the key blocks that each block of queries keeps. Lower is faster and less exact; 1 is dense.",
+    "pvthreshd": "Also skips the value half of tiles whose scores lie this far (log2 units) below the running maximum. Lower skips more; 50 is off. "
+    "Has no effect on the CPU (torch) backend.",
+    "start_percent": "Sparse from this share of the schedule on; earlier steps, which settle the composition, stay dense.",
+    "end_percent": "Dense again after this share of the schedule.",
+    "dense_blocks": "Blocks that always stay dense, in call order from 0: '0, 3-5, -1'. Negative numbers count from the end.",
+    "min_tokens": "Calls with fewer tokens than this stay dense: short sequences gain nothing.",
+    "simthreshd1": "A block whose tokens are less alike than this is never skipped. Negative: off.",
+    "cdfthreshd": "Also keep blocks until this share of the predicted attention is covered, so that hard heads keep more. 0: off.",
+    "token_order": "How tokens are grouped into blocks. auto: 3-D tiles up to topk 0.15, rows above.",
+    "compensate": "Let skipped blocks count with their average instead of not at all.",
+    "protect_references": "Never skip reference images (Kontext, Qwen-Image-Edit).",
+    "backend": "auto takes the fastest one that runs here, or leaves the call dense and says so. torch works everywhere and is faster than dense "
+    "attention on a CPU only.",
+    "policy": "A policy that sets the density by step and block.",
+    "block_mask": "A fixed pattern instead of the selection.",
+}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -65,7 +84,7 @@ class Settings:
 
 
 def parse_blocks(text: str) -> tuple[tuple[int, int], ...]:
-    """"0, 3-5, -1" -> ((0, 0), (3, 5), (-1, -1)); commas, spaces and semicolons separate.
+    """ "0, 3-5, -1" -> ((0, 0), (3, 5), (-1, -1)); commas, spaces and semicolons separate.
 
     Raises
     ------
@@ -136,31 +155,20 @@ class SpargeAttention(io.ComfyNode):
             "the loader (and LoRAs) and the sampler. It says after each run what it skipped and why anything stayed dense.",
             inputs=[
                 io.Model.Input("model"),
-                io.Float.Input("topk", default=0.5, min=0.05, max=1.0, step=0.01, display_mode=slider,
-                               tooltip="Share of the key blocks that each block of queries keeps. Lower is faster and less exact; 1 is dense."),
-                io.Float.Input("pvthreshd", default=15.0, min=1.0, max=50.0, step=0.5, display_mode=slider,
-                               tooltip="Also skips the value half of tiles whose scores lie this far (log2 units) below the running maximum. Lower "
-                               "skips more; 50 is off. Has no effect on the CPU (torch) backend."),
-                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
-                               tooltip="Sparse from this share of the schedule on; earlier steps, which settle the composition, stay dense."),
-                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Dense again after this share of the schedule."),
-                io.String.Input("dense_blocks", default="", tooltip="Blocks that always stay dense, in call order from 0: '0, 3-5, -1'. Negative "
-                                "numbers count from the end."),
-                io.Int.Input("min_tokens", default=4096, min=0, max=1 << 24, step=256,
-                             tooltip="Calls with fewer tokens than this stay dense: short sequences gain nothing."),
-                io.Float.Input("simthreshd1", default=-0.1, min=-1.0, max=1.0, step=0.05,
-                               tooltip="A block whose tokens are less alike than this is never skipped. Negative: off."),
-                io.Float.Input("cdfthreshd", default=0.0, min=0.0, max=1.0, step=0.01,
-                               tooltip="Also keep blocks until this share of the predicted attention is covered, so that hard heads keep more. 0: off."),
-                io.Combo.Input("token_order", options=list(TOKEN_ORDERS), default="auto",
-                               tooltip="How tokens are grouped into blocks. auto: 3-D tiles up to topk 0.15, rows above."),
-                io.Boolean.Input("compensate", default=False, tooltip="Let skipped blocks count with their average instead of not at all."),
-                io.Boolean.Input("protect_references", default=False, tooltip="Never skip reference images (Kontext, Qwen-Image-Edit)."),
-                io.Combo.Input("backend", options=list(BACKENDS), default="auto",
-                               tooltip="auto takes the fastest one that runs here, or leaves the call dense and says so. torch works everywhere and "
-                               "is faster than dense attention on a CPU only."),
-                io.Custom("SPARGE_POLICY").Input("policy", optional=True, tooltip="A policy that sets the density by step and block."),
-                io.Custom("SPARGE_BLOCK_MASK").Input("block_mask", optional=True, tooltip="A fixed pattern instead of the selection."),
+                io.Float.Input("topk", default=0.5, min=0.05, max=1.0, step=0.01, display_mode=slider, tooltip=TOOLTIPS["topk"]),
+                io.Float.Input("pvthreshd", default=15.0, min=1.0, max=50.0, step=0.5, display_mode=slider, tooltip=TOOLTIPS["pvthreshd"]),
+                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip=TOOLTIPS["start_percent"]),
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=TOOLTIPS["end_percent"]),
+                io.String.Input("dense_blocks", default="", tooltip=TOOLTIPS["dense_blocks"]),
+                io.Int.Input("min_tokens", default=4096, min=0, max=1 << 24, step=256, tooltip=TOOLTIPS["min_tokens"]),
+                io.Float.Input("simthreshd1", default=-0.1, min=-1.0, max=1.0, step=0.05, tooltip=TOOLTIPS["simthreshd1"]),
+                io.Float.Input("cdfthreshd", default=0.0, min=0.0, max=1.0, step=0.01, tooltip=TOOLTIPS["cdfthreshd"]),
+                io.Combo.Input("token_order", options=list(TOKEN_ORDERS), default="auto", tooltip=TOOLTIPS["token_order"]),
+                io.Boolean.Input("compensate", default=False, tooltip=TOOLTIPS["compensate"]),
+                io.Boolean.Input("protect_references", default=False, tooltip=TOOLTIPS["protect_references"]),
+                io.Combo.Input("backend", options=list(BACKENDS), default="auto", tooltip=TOOLTIPS["backend"]),
+                io.Custom("SPARGE_POLICY").Input("policy", optional=True, tooltip=TOOLTIPS["policy"]),
+                io.Custom("SPARGE_BLOCK_MASK").Input("block_mask", optional=True, tooltip=TOOLTIPS["block_mask"]),
             ],
             outputs=[io.Model.Output(display_name="model")],
             hidden=[io.Hidden.unique_id],

@@ -12,6 +12,10 @@ from ._comfy import io, ui
 from .patch import patches_of
 from .telemetry import runs
 
+DATA_TOOLTIP = "The sampler's latent or the decoded images; passed through. It makes the report wait for the sampler."
+FRAME_SIZE = (960, 720)  # an IMAGE frame of this size takes 8 MB
+MAX_FRAMES = 100  # of one run; longer runs show every second, third, ... step
+
 
 class SpargeReport(io.ComfyNode):
     """Shows every run since its last report as heat maps, one picture a step, an animation and JSON."""
@@ -27,8 +31,7 @@ class SpargeReport(io.ComfyNode):
             "model without Sparge Attention reports on all runs.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that was sampled."),
-                io.MultiType.Input("data", types=[io.Latent, io.Image], tooltip="The sampler's latent or the decoded images; passed through. It makes "
-                                   "the report wait for the sampler."),
+                io.MultiType.Input("data", types=[io.Latent, io.Image], tooltip=DATA_TOOLTIP),
             ],
             outputs=[
                 io.AnyType.Output("data_out", display_name="data"),
@@ -50,7 +53,7 @@ class SpargeReport(io.ComfyNode):
         shown = [run.to_dict() for run in runs.for_report(node, patches_of(model))] or [EMPTY_RUN]
         text = json.dumps({"version": 1, "runs": shown}, indent=1)
         maps = [draw.heat_map(run) for run in shown]
-        frames = [frame for run in shown for frame in draw.frames(run)]
+        frames = [frame for run in shown for frame in step_frames(run)]
         files = save(frames, text) if shown[0] is not EMPTY_RUN else []
         heat_map = batch(maps)
         preview = ui.PreviewImage(heat_map, cls=cls).as_dict()
@@ -58,6 +61,12 @@ class SpargeReport(io.ComfyNode):
 
 
 EMPTY_RUN = {"version": 1, "steps": 0, "layers": 0, "cells": [], "reasons": {}, "totals": {}, "note": "no run since the last report"}
+
+
+def step_frames(run: dict) -> list:
+    """One picture a step, evenly thinned to MAX_FRAMES."""
+    every = -(-max(1, run["steps"]) // MAX_FRAMES)
+    return [draw.step_frame(run, step, FRAME_SIZE) for step in range(0, max(1, run["steps"]), every)]
 
 
 def save(frames: list, text: str) -> list[dict]:

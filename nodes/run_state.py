@@ -186,7 +186,7 @@ def leads_to(override, ours) -> bool:
 
 
 def _held_by(item) -> list:
-    held = [cell.cell_contents for cell in getattr(item, "__closure__", None) or () if _filled(cell)]
+    held = [content for cell in getattr(item, "__closure__", None) or () for content in _contents(cell)]
     held += list(getattr(item, "__defaults__", None) or ())
     held += [getattr(item, "func", None), *getattr(item, "args", ())] if type(item).__name__ == "partial" else []
     owner = getattr(item, "__self__", item)
@@ -194,12 +194,11 @@ def _held_by(item) -> list:
     return held
 
 
-def _filled(cell) -> bool:
+def _contents(cell) -> tuple:
     try:
-        cell.cell_contents
+        return (cell.cell_contents,)
     except ValueError:  # a name that its function has not set yet
-        return False
-    return True
+        return ()
 
 
 def layer_listed(layer: int, listed: tuple[tuple[int, int], ...], total: int | None) -> bool | None:
@@ -213,4 +212,3 @@ def layer_listed(layer: int, listed: tuple[tuple[int, int], ...], total: int | N
         if low <= layer <= high:
             return True
     return None if unknown else False
-

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import compensation, selection
-from ..block_mask import BLOCK_K, BLOCK_Q, num_blocks
+from ..block_mask import BLOCK_K, BLOCK_Q
 from ..quantize import key_centre
 
 quantised = False
@@ -62,9 +62,7 @@ def attend(call, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, keys: selection.
     s_k, group = k.shape[2], heads // k.shape[1]
     want_lse = call.want_lse or call.compensate
     plan_keys = None if keys is None else keys.on_plan(call.perm)
-    visible, partial = selection.visibility(
-        batch, s_q, s_k, causal=call.causal, causal_offset=call.causal_offset, keys=plan_keys, device=q.device
-    )
+    visible, partial = selection.visibility(batch, s_q, s_k, causal=call.causal, causal_offset=call.causal_offset, keys=plan_keys, device=q.device)
     kept = kept & visible[:, None]
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, s_q, dtype=torch.float32, device=q.device) if call.want_lse else q.new_empty(0, dtype=torch.float32)

@@ -11,10 +11,9 @@ import platform
 import statistics
 import time
 
+import sparge_kernels
 import torch
 import torch.nn.functional as F
-
-import sparge_kernels
 
 TARGETS = {0.5: 1.3, 0.25: 2.4, 0.1: 5.0}
 
@@ -57,7 +56,10 @@ def main() -> None:
         median = {name: statistics.median(values) for name, values in times.items()}
         for topk, aim in TARGETS.items():
             speedup = statistics.median(d / s for d, s in zip(times["dense"], times[topk], strict=True))
-            print(f"| {str(dtype)[6:]} | {topk} | {median['dense']:.0f} | {median[topk]:.0f} | {median['select']:.1f} | {speedup:.2f} | {aim} |", flush=True)
+            print(
+                f"| {str(dtype)[6:]} | {topk} | {median['dense']:.0f} | {median[topk]:.0f} | {median['select']:.1f} | {speedup:.2f} | {aim} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

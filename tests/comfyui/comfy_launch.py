@@ -37,7 +37,7 @@ def enter(tree: Path, arguments: tuple[str, ...] = ("--cpu", "--disable-auto-lau
         import comfy.options
 
         comfy.options.enable_args_parsing()
-        import comfy.cli_args  # noqa: F401  (reads sys.argv)
+        import comfy.cli_args
     finally:
         sys.argv = argv
 

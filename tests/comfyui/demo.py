@@ -22,7 +22,6 @@ import demo_model
 import install
 import safetensors.torch
 import torch
-from PIL import Image
 
 MODEL = "sparge_demo_wan.safetensors"
 WIDTH, HEIGHT = 416, 320  # pixels; a token is 16 x 16 of them
@@ -78,14 +77,13 @@ def graph(run: Run, seconds: float, steps: int) -> dict:
         "text": ("SpargeDemoConditioning", {"tokens": 16, "dim": 4096, "seed": PROMPT_SEED}),
         "latent": ("EmptyHunyuanLatentVideo", {"width": WIDTH, "height": HEIGHT, "length": length, "batch_size": 1}),
         "sampler": ("KSampler", sampler),
-        "report": ("SpargeReport", {"model": ["sparge", 0], "samples": ["sampler", 0]}),
+        "report": ("SpargeReport", {"model": ["sparge", 0], "data": ["sampler", 0]}),
         "decode": ("SpargeDemoDecode", {"samples": ["sampler", 0], "scale": 4, "between": FRAMES_PER_LATENT}),
         "record": ("SpargeDemoRecord", {"samples": ["sampler", 0], "images": ["decode", 0], "name": run.name}),
         "video": ("CreateVideo", {"images": ["decode", 0], "fps": FPS}),
         "save": ("SaveVideo", {"video": ["video", 0], "filename_prefix": run.name, "format": "mp4", "codec": "h264"}),
-        "json": ("PreviewAny", {"source": ["report", 4]}),
-        "heat": ("SaveImage", {"images": ["report", 2], "filename_prefix": f"{run.name}_heat"}),
-        "frames": ("SaveImage", {"images": ["report", 3], "filename_prefix": f"{run.name}_animation"}),
+        "heat": ("SaveImage", {"images": ["report", 1], "filename_prefix": f"{run.name}_heat"}),
+        "json": ("PreviewAny", {"source": ["report", 3]}),
     }
     return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
 
@@ -108,11 +106,10 @@ def sample(server: comfy_server.ComfyServer, run: Run, seconds: float, steps: in
     run.outputs = entry["outputs"]
     record = safetensors.torch.load_file(server.output / run.outputs["record"]["record"][0])
     run.latent, run.frames = record["latent"], record["frames"]
-    found = json.loads(run.outputs["json"]["text"][0])
-    runs = found.get("runs", [found]) if isinstance(found, dict) else found
-    if not runs:
-        raise DemoError(f"SpargeReport recorded no run for the {run.name} sampling")
-    run.report = runs[-1]
+    runs = json.loads(run.outputs["json"]["text"][0])["runs"]
+    if len(runs) != 1 or not runs[0]["cells"]:
+        raise DemoError(f"SpargeReport must hold one run of the {run.name} sampling, got {len(runs)}: {runs[0].get('note')}")
+    run.report = runs[0]
 
 
 def check(dense: Run, sparse: Run) -> tuple[float, float]:
@@ -125,7 +122,7 @@ def check(dense: Run, sparse: Run) -> tuple[float, float]:
     if dense.totals["sparse_calls"]:
         raise DemoError(f"the dense run made {dense.totals['sparse_calls']} sparse calls; its settings were {dense.settings}")
     if not sparse.totals["sparse_calls"]:
-        raise DemoError(f"the sparse run made no sparse call; the reasons counted were {reasons(sparse)}")
+        raise DemoError(f"the sparse run made no sparse call; the reasons counted were {sparse.report['reasons']}")
     if torch.equal(dense.latent, sparse.latent):
         raise DemoError("dense and sparse latents are equal to the last bit, so the sparse attention was not in the model's path")
     difference = (sparse.latent - dense.latent).double()
@@ -136,48 +133,24 @@ def check(dense: Run, sparse: Run) -> tuple[float, float]:
     return error, 10 * math.log10(255**2 / noise) if noise else math.inf
 
 
-def reasons(run: Run) -> str:
-    counted: dict[str, int] = {}
-    for cell in run.report["cells"]:
-        for reason, count in (cell.get("reasons") or {}).items():
-            counted[reason] = counted.get(reason, 0) + count
-    return ", ".join(f"{reason}: {count}" for reason, count in sorted(counted.items())) or "none"
-
-
 def save(server: comfy_server.ComfyServer, dense: Run, sparse: Run, out: Path) -> dict[str, Path]:
-    """Copies the results into `out` under plain names; says what each is."""
+    """Copies the results into `out` under plain names; what each is -> where."""
     out.mkdir(parents=True, exist_ok=True)
-
-    def images(run: Run, node: str) -> list[Path]:
-        return [server.output / found.get("subfolder", "") / found["filename"] for found in run.outputs[node]["images"]]
-
     results = {}
+
+    def keep(what: str, entry: dict, name: str) -> None:
+        results[what] = Path(shutil.copyfile(server.output / entry.get("subfolder", "") / entry["filename"], out / name))
+
     for run in (dense, sparse):
-        results[f"{run.name} video"] = shutil.copyfile(images(run, "save")[0], out / f"{run.name}.mp4")
-    results["heat map"] = shutil.copyfile(images(sparse, "heat")[0], out / "heat_map.png")
-    pictures = [Image.open(path).convert("RGB") for path in images(sparse, "frames")]
-    results["animation"] = out / "animation.gif"
-    palette = pictures[-1].quantize(255)  # one for all frames: no flicker
-    shown = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
-    shown[0].save(results["animation"], save_all=True, append_images=shown[1:], duration=250, loop=0)
-    results["animation, video"] = write_video(pictures, out / "animation.mp4")
+        keep(f"{run.name} video", run.outputs["save"]["images"][0], f"{run.name}.mp4")
+    keep("heat map", sparse.outputs["heat"]["images"][0], "heat_map.png")
+    for entry in sparse.outputs["report"]["sparge_files"]:
+        suffix = Path(entry["filename"]).suffix
+        if suffix != ".json":
+            keep(f"animation, {suffix[1:]}", entry, f"animation{suffix}")
     results["numbers"] = out / "report.json"
     results["numbers"].write_text(json.dumps({"dense": dense.report, "sparse": sparse.report}, indent=1), encoding="utf-8")
     return results
-
-
-def write_video(pictures: list[Image.Image], path: Path, fps: int = 4) -> Path:
-    """H.264 through PyAV, which ComfyUI brings; sides are cut to even numbers, as the format wants."""
-    import av
-
-    width, height = (side // 2 * 2 for side in pictures[0].size)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_image(picture.crop((0, 0, width, height)))))
-        container.mux(stream.encode())
-    return path
 
 
 def table(dense: Run, sparse: Run, error: float, psnr: float) -> str:

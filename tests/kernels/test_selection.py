@@ -97,7 +97,7 @@ def test_nothing_free_and_something_forced(rand):
     q, k = rand(1, 1, 1, 300, 8), rand(2, 1, 1, 500, 8)
     assert kept(q, k, topk=0.1, always_keep={"k": [(0, 500)]}).all()
     got = kept(q, k, topk=0.1, causal=True)
-    assert got.sum(-1).flatten().tolist() == [2, 2 + 1, 2 + 1]  # two blocks on the diagonal, plus max(1, floor(.1 * {0, 2, 4} + .5))
+    assert got.sum(-1).flatten().tolist() == [2, 2 + 1, 1 + 1]  # cut by the diagonal: 2, 2, 1; free: 0, 2, 4
 
 
 def test_causal_topk_counts_visible_blocks_only(clustered):

@@ -1,0 +1,33 @@
+# Everything runs in .venv, which `make setup` builds by itself: nothing outside this folder is written.
+PYTHON ?= python3
+RUN = .venv/bin/python
+
+.PHONY: help setup test demo serve bench-torch clean
+
+help:
+	@echo "make demo         sample a tiny video model dense and sparse in a real ComfyUI, print the comparison, save the pictures"
+	@echo "make serve        the same server left open in the browser, with the workflow loaded"
+	@echo "make test         every test and the linter"
+	@echo "make bench-torch  the torch backend against PyTorch's dense attention on this CPU"
+	@echo "make clean        remove .venv, .comfyui and demo_output"
+	@echo "PYTHON=python3.12 picks the interpreter, COMFYUI_PATH=/path/to/ComfyUI another ComfyUI"
+
+setup:
+	@$(PYTHON) tests/comfyui/install.py
+
+test: setup
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m pytest
+
+demo: setup
+	@$(RUN) tests/comfyui/demo.py
+
+serve: setup
+	@$(RUN) tests/comfyui/serve.py
+
+bench-torch: setup
+	@$(RUN) tests/bench/bench_torch.py
+
+clean:
+	rm -rf .venv .comfyui demo_output build *.egg-info

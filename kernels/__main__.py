@@ -1,0 +1,51 @@
+"""`python -m sparge_kernels`: what this machine has, which backends run on it, and a self-test of each against the reference."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from . import __version__, reference
+from .attention import block_sparse_attention, select_blocks
+from .backends import TABLE, report
+
+CASES = (
+    # name, dtype, B, H, H_kv, S_q, S_k, D, causal, key mask, bound on the relative L2 error
+    ("plain", torch.float32, 1, 2, 2, 1000, 1000, 64, False, False, 1e-5),
+    ("odd lengths, GQA", torch.float32, 2, 4, 2, 200, 333, 40, False, False, 1e-5),
+    ("causal", torch.float32, 1, 2, 2, 500, 500, 128, True, False, 1e-5),
+    ("key mask, bfloat16", torch.bfloat16, 1, 2, 2, 700, 700, 128, False, True, 1e-2),
+)
+
+
+def main() -> int:
+    """Prints the report; returns 1 when a backend that says it is available gives a wrong result."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    print(f"sparge_kernels {__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}, GPU: {', '.join(gpus) or 'none'}")
+    failed = False
+    for name, status in report().items():
+        print(f"backend {name}: {'available' if status.available else 'not available'} ({status.reason})")
+        if status.available and name in TABLE:
+            failed |= not _self_test(name)
+    return int(failed)
+
+
+def _self_test(name: str) -> bool:
+    good = True
+    for label, dtype, b, h, h_kv, s_q, s_k, d, causal, masked, bound in CASES:
+        generator = torch.Generator().manual_seed(0)
+        q = torch.randn(b, h, s_q, d, generator=generator).to(dtype)
+        k, v = (torch.randn(b, h_kv, s_k, d, generator=generator).to(dtype) for _ in range(2))
+        key_mask = torch.rand(b, s_k, generator=generator) > 0.2 if masked else None
+        mask = select_blocks(q, k, topk=0.4, causal=causal, key_mask=key_mask, backend=name)
+        out = block_sparse_attention(q, k, v, mask, causal=causal, key_mask=key_mask, backend=name)
+        true, _, _ = reference.attention(q, k, v, mask, causal=causal, key_mask=key_mask)
+        error = float((out.double() - true).norm() / true.norm())
+        good &= error <= bound
+        print(f"  {label}: relative L2 error {error:.1e} (bound {bound:.0e}) {'ok' if error <= bound else 'WRONG'}")
+    return good
+
+
+if __name__ == "__main__":
+    sys.exit(main())

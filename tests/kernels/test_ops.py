@@ -1,0 +1,165 @@
+"""The torch.library operators: torch.compile, fake tensors, namespaces, two copies of the package in one process."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+
+import pytest
+import sparge_kernels
+import torch
+from sparge_kernels import BlockMask, block_sparse_attention, ops, order, sparse_attention
+
+OPTIONS = {
+    "topk": dict(topk=0.3),
+    "cdf, lse": dict(cdfthreshd=0.6, return_lse=True),
+    "info": dict(topk=0.3, return_info=True),
+    "lse and info": dict(topk=0.3, return_lse=True, return_info=True),
+    "causal": dict(topk=0.3, causal=True, causal_offset=-3, return_lse=True),
+    "NHD": dict(topk=0.3, layout="NHD", return_lse=True),
+    "always_keep": dict(topk=0.1, always_keep=[(0, 5)]),
+    "compensate": dict(topk=0.2, compensate=True),
+}
+
+
+def leaves(result):
+    result = result if isinstance(result, tuple) else (result,)
+    flat = []
+    for r in result:
+        flat += [r] if isinstance(r, torch.Tensor) else [r.density, r.pv_skipped, r.kept, r.visible]
+    return flat
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function):
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_compiled_sparse_attention(clustered, name):
+    q, k, v = clustered(1, 2, 4, 333, 16), clustered(3, 2, 2, 333, 16), clustered(5, 2, 2, 333, 16)
+    options = OPTIONS[name]
+    if options.get("layout") == "NHD":
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    result = compiled(lambda q, k, v: sparse_attention(q + 0, k, v, **options))(q, k, v)
+    for a, b in zip(leaves(result), leaves(sparse_attention(q, k, v, **options)), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(return_info=True), dict(return_lse=True, causal=True)], ids=str)
+@pytest.mark.parametrize("form", ["tensor", "BlockMask"])
+def test_compiled_block_sparse_attention(clustered, form, options):
+    q, k, v = (clustered(n, 1, 2, 333, 16) for n in (1, 3, 5))
+    dense = torch.rand(1, 2, 3, 6, generator=torch.Generator().manual_seed(1)) > 0.5
+    mask = dense if form == "tensor" else BlockMask.from_dense(dense)
+    result = compiled(lambda q, k, v: block_sparse_attention(q, k, v, mask, **options))(q, k, v)
+    for a, b in zip(leaves(result), leaves(block_sparse_attention(q, k, v, mask, **options)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiled_with_mask_order_and_per_head_values(clustered):
+    plan = order.plan("tiles", ((4, 8, 8), 20))
+    q, k, v = (clustered(n, 1, 2, plan.length, 16) for n in (1, 3, 5))
+    mask = torch.arange(plan.length)[None] % 5 > 0
+    topk = torch.tensor([0.2, 0.6])
+
+    def run(q, k, v, mask, topk):
+        return sparse_attention(q, k, v, topk=topk, key_mask=mask, order=plan)
+
+    assert torch.equal(compiled(run)(q, k, v, mask, topk), run(q, k, v, mask, topk))
+
+
+def test_compiled_with_changing_lengths(clustered):
+    run = torch.compile(lambda q, k, v: sparse_attention(q, k, v, topk=0.3), fullgraph=True, backend="aot_eager", dynamic=True)
+    for s in (200, 333, 63, 500):
+        q, k, v = (clustered(n, 1, 2, s, 16) for n in (1, 3, 5))
+        assert torch.equal(run(q, k, v), sparse_attention(q, k, v, topk=0.3))
+
+
+def attend_arguments(q, k, v, *, block_map=None, topk=0.3, key_mask=None, lse=True, compensate=False, causal=False, perm=None, topk_heads=None):
+    return (q, k, v, block_map, topk, None, -0.1, "subblock", topk_heads, None, None, 15.0, None, compensate, lse, key_mask, causal, 0, 0.25, True,
+            [], [], perm, "auto")  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["plain", "no lse", "map", "mask", "causal", "order", "per head", "NHD", "fp16"])
+def test_opcheck_attend(clustered, case):
+    q, k, v = clustered(1, 2, 4, 200, 16), clustered(3, 2, 2, 200, 16), clustered(5, 2, 2, 200, 16)
+    options = {
+        "no lse": dict(lse=False), "map": dict(block_map=torch.ones(1, 1, 2, 4, dtype=torch.bool)), "causal": dict(causal=True, compensate=True),
+        "mask": dict(key_mask=torch.arange(200).expand(2, 200) % 3 > 0), "order": dict(perm=torch.arange(200).flip(0)),
+        "per head": dict(topk=None, topk_heads=torch.tensor([0.2, 0.4, 0.6, 1.0])),
+    }.get(case, {})  # fmt: skip
+    if case == "NHD":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    if case == "fp16":
+        q, k, v = q.half(), k.half(), v.half()
+    torch.library.opcheck(ops.attend.default, attend_arguments(q, k, v, **options))
+
+
+def test_opcheck_select(clustered):
+    q, k = clustered(1, 2, 4, 333, 16), clustered(3, 2, 2, 200, 16)
+    torch.library.opcheck(
+        ops.select.default, (q, k, None, 0.5, 0.3, "mean", None, None, None, None, True, 5, 0.25, True, [0, 5], [], None, "torch")
+    )
+
+
+def test_namespace_comes_from_the_package_name():
+    assert ops.NAMESPACE == "sparge_" + hashlib.sha1(b"sparge_kernels").hexdigest()[:8]
+    assert ops.attend is getattr(torch.ops, ops.NAMESPACE).attend
+
+
+def test_two_copies_in_one_process(clustered, load_copy):
+    copy = load_copy("sparge_kernels_second_copy")
+    assert copy is not sparge_kernels and copy.sparse_attention is not sparse_attention
+    assert sys.modules["sparge_kernels_second_copy.ops"].NAMESPACE == "sparge_" + hashlib.sha1(b"sparge_kernels_second_copy").hexdigest()[:8]
+    assert sys.modules["sparge_kernels_second_copy.ops"].attend is not ops.attend
+    q, k, v = (clustered(n, 1, 2, 333, 16) for n in (1, 3, 5))
+    a, ia = sparse_attention(q, k, v, topk=0.3, return_info=True)
+    b, ib = copy.sparse_attention(q, k, v, topk=0.3, return_info=True)
+    assert torch.equal(a, b) and torch.equal(ia.kept, ib.kept)
+
+
+def test_a_plan_of_the_other_copy_is_refused_or_taken_but_never_misread(clustered, load_copy):
+    copy = load_copy("sparge_kernels_third_copy")
+    plan = copy.order.plan("tiles", ((4, 8, 8),))
+    q = clustered(1, 1, 1, 256, 16)
+    try:
+        out = sparse_attention(q, q, q, topk=0.3, order=plan)
+    except TypeError as refused:
+        assert "order" in str(refused)
+    else:
+        assert torch.equal(out, sparse_attention(q, q, q, topk=0.3, order=order.plan("tiles", ((4, 8, 8),))))
+
+
+def test_reimport_under_the_same_name():
+    """In a process of its own: the second import neither raises nor warns, and the first one's functions go on working."""
+    code = """
+import importlib, sys, warnings
+warnings.simplefilter("error", UserWarning)
+import torch, sparge_kernels as first
+q = torch.randn(1, 2, 300, 16)
+a = first.sparse_attention(q, q, q, topk=0.3)
+old = first.sparse_attention
+for name in [n for n in sys.modules if n.split(".")[0] == "sparge_kernels"]:
+    del sys.modules[name]
+del first
+import gc
+gc.collect()
+import sparge_kernels as second
+assert second.sparse_attention is not old
+b = second.sparse_attention(q, q, q, topk=0.3)
+del second
+gc.collect()
+c = old(q, q, q, topk=0.3)
+assert torch.equal(a, b) and torch.equal(a, c)
+print("fine")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.strip() == "fine", done.stderr

@@ -1,0 +1,135 @@
+"""8-bit forms: round trips, zero rows and channels, masked rows, the centre of K, the Hadamard rotation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from sparge_kernels import quantize
+
+
+@pytest.mark.parametrize("s", [1, 63, 200, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_q_per_row(rand, s, dtype):
+    q = rand(1, 2, 3, s, 40, dtype=dtype) * torch.linspace(0.1, 30, s)[:, None].to(dtype)
+    out = quantize.quantize_q(q)
+    assert out.values.dtype == torch.int8 and out.values.shape == q.shape and out.scale.shape == (2, 3, s, 1) and out.scale.dtype == torch.float32
+    absmax = q.float().abs().amax(-1, keepdim=True)
+    torch.testing.assert_close(out.scale, absmax / 127)
+    assert ((out.dequantize() - q.float()).abs() <= out.scale * 0.5001).all()
+    assert (out.values.abs().amax(-1) == 127).all() and out.values.min() >= -127
+
+
+@pytest.mark.parametrize("s", [1, 63, 64, 65, 200, 1000])
+def test_k_per_64_rows(rand, s):
+    k = rand(1, 2, 3, s, 40) * torch.linspace(0.1, 30, s)[:, None] + 5
+    centre = quantize.key_centre(k)
+    out = quantize.quantize_k(k, centre)
+    n = -(-s // 64)
+    assert out.values.dtype == torch.int8 and out.values.shape == k.shape and out.scale.shape == (2, 3, n, 1)
+    back = out.dequantize()
+    assert back.shape == k.shape
+    for j in range(n):
+        rows = slice(j * 64, (j + 1) * 64)
+        block = k[:, :, rows] - centre
+        scale = block.abs().amax((-2, -1)) / 127
+        torch.testing.assert_close(out.scale[:, :, j, 0], scale)
+        assert ((back[:, :, rows] - block).abs() <= scale[..., None, None] * 0.5001 + 1e-7).all()
+    plain = quantize.quantize_k(k).dequantize()
+    assert (plain - k).abs().max() <= quantize.quantize_k(k).scale.max() * 0.5001
+
+
+@pytest.mark.parametrize("dtype, levels", [("int8", 127), ("fp8", 448)])
+@pytest.mark.parametrize("s", [1, 63, 1000])
+def test_v_per_channel(rand, s, dtype, levels):
+    v = rand(1, 2, 3, s, 40) * torch.linspace(0.01, 30, 40)
+    out = quantize.quantize_v(v, dtype)
+    assert out.values.dtype == (torch.int8 if dtype == "int8" else torch.float8_e4m3fn) and out.scale.shape == (2, 3, 1, 40)
+    absmax = v.abs().amax(-2, keepdim=True)
+    torch.testing.assert_close(out.scale, absmax / levels)
+    error = (out.dequantize() - v).abs()
+    allowed = out.scale * 0.5001 if dtype == "int8" else v.abs() / 16 * 1.001 + out.scale * 2.0**-9
+    assert (error <= allowed).all()
+    assert (out.values.float().abs().amax(-2) == levels).all()
+
+
+def test_zero_rows_blocks_and_channels_are_zero_not_nan(rand):
+    x = rand(1, 1, 1, 200, 8)
+    q, k, v = x.clone(), x.clone(), x.clone()
+    q[:, :, 7] = 0
+    k[:, :, 64:128] = 0
+    v[..., 3] = 0
+    for out, zero in (
+        (quantize.quantize_q(q), (..., slice(7, 8), slice(None))),
+        (quantize.quantize_k(k), (..., slice(64, 128), slice(None))),
+        (quantize.quantize_v(v), (..., slice(None), 3)),
+        (quantize.quantize_v(v, "fp8"), (..., slice(None), 3)),
+    ):
+        back = out.dequantize()
+        assert not back.isnan().any() and not out.scale.isnan().any()
+        assert (back[zero] == 0).all() and (out.scale == 0).sum() == 1
+
+
+@pytest.mark.parametrize("what", [math.nan, math.inf, 1e30])
+def test_masked_rows_are_stored_as_zero_and_widen_nothing(rand, what):
+    x = rand(1, 2, 1, 200, 8)
+    valid = torch.rand(2, 200, generator=torch.Generator().manual_seed(1)) > 0.3
+    valid[1, 64:128] = False
+    bad = torch.where(valid[:, None, :, None], x, what)
+    zero = torch.where(valid[:, None, :, None], x, 0)
+    for good, out in (
+        (quantize.quantize_k(zero), quantize.quantize_k(bad, None, valid)),
+        (quantize.quantize_v(zero), quantize.quantize_v(bad, "int8", valid)),
+        (quantize.quantize_v(zero, "fp8"), quantize.quantize_v(bad, "fp8", valid)),
+    ):
+        assert torch.equal(good.values.float(), out.values.float()) and torch.equal(good.scale, out.scale)
+        assert (out.values.float()[~valid[:, None].expand(2, 1, 200)] == 0).all()
+
+
+@pytest.mark.parametrize("s", [1, 15, 16, 17, 200, 1000])
+def test_centre_is_the_mean_of_unmasked_tokens_0_16_32(rand, s):
+    k = rand(1, 2, 3, s, 8) + 2
+    expected = torch.stack([k[:, :, t] for t in range(0, s, 16)]).mean(0)
+    centre = quantize.key_centre(k)
+    assert centre.shape == (2, 3, 1, 8) and centre.dtype == torch.float32
+    torch.testing.assert_close(centre[:, :, 0], expected)
+    valid = torch.rand(2, s, generator=torch.Generator().manual_seed(s)) > 0.4
+    masked = quantize.key_centre(k.masked_fill(~valid[:, None, :, None], math.nan), valid)
+    for b in range(2):
+        sampled = [t for t in range(0, s, 16) if valid[b, t]]
+        mean = k[b][:, sampled].mean(1) if sampled else torch.zeros(3, 8)
+        torch.testing.assert_close(masked[b, :, 0], mean)
+
+
+def test_centre_of_large_fp16_values():
+    centre = quantize.key_centre(torch.full((1, 1, 4096, 2), 60000.0, dtype=torch.float16))
+    assert (centre == 60000).all()
+
+
+@pytest.mark.parametrize("d", [1, 2, 64, 128])
+def test_hadamard_is_orthonormal_and_keeps_scores(rand, d):
+    matrix = quantize.hadamard(torch.eye(d))
+    torch.testing.assert_close(matrix @ matrix.mT, torch.eye(d))
+    torch.testing.assert_close(matrix.abs(), torch.full((d, d), d**-0.5))
+    q, k = rand(1, 2, 3, 50, d), rand(2, 2, 3, 70, d)
+    torch.testing.assert_close(quantize.hadamard(q) @ quantize.hadamard(k).mT, q @ k.mT, rtol=1e-4, atol=1e-4)
+
+
+def test_hadamard_spreads_outlier_channels(rand):
+    q, k = rand(1, 1, 1, 512, 128), rand(2, 1, 1, 512, 128)
+    for x in (q, k):
+        x[..., :4] *= 15
+    exact = q @ k.mT
+
+    def error(a, b):
+        return float((quantize.quantize_q(a).dequantize() @ quantize.quantize_k(b).dequantize().mT - exact).norm() / exact.norm())
+
+    assert error(quantize.hadamard(q), quantize.hadamard(k)) < 0.6 * error(q, k)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="power of two.*got 40"):
+        quantize.hadamard(torch.ones(2, 40))
+    with pytest.raises(ValueError, match="dtype must be 'int8' or 'fp8', got 'fp4'"):
+        quantize.quantize_v(torch.ones(1, 1, 2, 2), "fp4")
