@@ -204,10 +204,11 @@ def merge_lse(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, lay
     out in out_a's dtype, lse fp32
     """
     checks.choice("layout", layout, ("HND", "NHD"))
-    if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape:
+    rows = out_a.shape[:3] if layout == "HND" else (out_a.shape[0], out_a.shape[2], out_a.shape[1])
+    if out_a.dim() != 4 or out_a.shape != out_b.shape or lse_a.shape != rows or lse_b.shape != rows:
         raise ValueError(
-            f"out_a and out_b, lse_a and lse_b must have equal shapes, got {tuple(out_a.shape)}, {tuple(out_b.shape)}, {tuple(lse_a.shape)}, "
-            f"{tuple(lse_b.shape)}"
+            f"out_a and out_b must have one 4-D shape ({layout}), lse_a and lse_b the shape (B, H, S_q) of it, got {tuple(out_a.shape)}, "
+            f"{tuple(out_b.shape)}, {tuple(lse_a.shape)}, {tuple(lse_b.shape)}; pass what one call returned together"
         )
     lse = torch.logaddexp(lse_a, lse_b)
     finite = torch.where(lse == -math.inf, 0.0, lse)

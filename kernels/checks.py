@@ -41,18 +41,22 @@ def tensors(q: Tensor, k: Tensor, v: Tensor | None, layout: str) -> tuple[Tensor
         if x.shape[-1] > 1 and x.stride(-1) != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tuple(x.stride())}; call {name}.contiguous()")
         if x.dtype != q.dtype or x.device != q.device:
-            raise TypeError(f"q, k and v must share dtype and device, got {q.dtype} on {q.device} for q and {x.dtype} on {x.device} for {name}")
+            raise TypeError(
+                f"q, k and v must share dtype and device, got {q.dtype} on {q.device} for q and {x.dtype} on {x.device} for {name}; use {name}.to(q)"
+            )
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError(f"{name} must not require grad: there is no backward; call it under torch.no_grad() or detach it")
     if layout == "NHD":
         named = {name: x.transpose(1, 2) for name, x in named.items()}
     q, k, v = named["q"], named["k"], named.get("v")
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise ValueError(f"k must have q's batch and head_dim, got {_axes(q)} for q and {_axes(k)} for k")
+        raise ValueError(f"k must have q's batch and head_dim, got {_axes(q)} for q and {_axes(k)} for k; pass tensors of one call")
     if v is not None and v.shape != k.shape:
-        raise ValueError(f"v must have k's shape, got {_axes(k)} for k and {_axes(v)} for v")
+        raise ValueError(f"v must have k's shape, got {_axes(k)} for k and {_axes(v)} for v; use one value row per key")
     if q.shape[1] % k.shape[1]:
-        raise ValueError(f"the number of q heads must be a multiple of the k/v heads (GQA), got {q.shape[1]} and {k.shape[1]}")
+        raise ValueError(
+            f"the number of q heads must be a multiple of the k/v heads (GQA), got {q.shape[1]} and {k.shape[1]}; use dense attention or repeat k and v"
+        )
     return q, k, v
 
 
@@ -68,7 +72,9 @@ def number(name: str, value, low: float, high: float, heads: int, *, low_open: b
     rule = f"{'(' if low_open else '['}{low:g}, {'inf)' if high == math.inf else f'{high:g}]'}"
     if isinstance(value, Tensor):
         if value.dim() != 1 or value.shape[0] != heads:
-            raise ValueError(f"{name} as a tensor must hold one value per head, shape ({heads},), got shape {tuple(value.shape)}")
+            raise ValueError(
+                f"{name} as a tensor must hold one value per head, shape ({heads},), got shape {tuple(value.shape)}; use one number for all heads"
+            )
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
             inside = (value > low if low_open else value >= low) & (value <= high) & value.isfinite()
             if not bool(inside.all()):
@@ -127,13 +133,17 @@ def key_mask(mask, k: Tensor) -> Tensor | None:
 
 
 def token_ranges(name: str, ranges, length: int) -> tuple[int, ...]:
+    if isinstance(ranges, Tensor | str) or not isinstance(ranges, Sequence):
+        raise TypeError(f"{name} must be a list of (start, end) pairs, got {ranges!r}; use [(start, end), ...]")
     flat = []
     for entry in ranges:
         if not isinstance(entry, Sequence) or len(entry) != 2 or not all(isinstance(x, int) and not isinstance(x, bool) for x in entry):
-            raise TypeError(f"{name} must hold (start, end) pairs of ints, got {entry!r}")
+            raise TypeError(f"{name} must hold (start, end) pairs of ints, got {entry!r}; use [(start, end), ...]")
         start, end = entry
         if not 0 <= start <= end <= length:
-            raise ValueError(f"{name} must hold ranges with 0 <= start <= end <= {length} (tokens), got ({start}, {end})")
+            raise ValueError(
+                f"{name} must hold ranges with 0 <= start <= end <= {length} (tokens), got ({start}, {end}); use token indices of the sequence"
+            )
         flat += [start, end]
     return tuple(flat)
 
@@ -145,10 +155,10 @@ def always_keep(value, s_q: int, s_k: int) -> tuple[tuple[int, ...], tuple[int, 
     if isinstance(value, dict):
         unknown = set(value) - {"q", "k"}
         if unknown:
-            raise ValueError(f"always_keep as a dict must have the keys 'q' and 'k', got {sorted(map(str, unknown))[0]!r}")
+            raise ValueError(f"always_keep as a dict must have the keys 'q' and 'k', got {sorted(map(str, unknown))[0]!r}; leave it out")
         return token_ranges("always_keep['q']", value.get("q", ()), s_q), token_ranges("always_keep['k']", value.get("k", ()), s_k)
     if isinstance(value, Tensor | str) or not isinstance(value, Sequence):
-        raise TypeError(f"always_keep must be a list of (start, end) or {{'q': [...], 'k': [...]}}, got {type(value).__name__}")
+        raise TypeError(f"always_keep must be a list of (start, end) or {{'q': [...], 'k': [...]}}, got {value!r}; use one of the two forms")
     return token_ranges("always_keep", value, s_q), token_ranges("always_keep", value, s_k)
 
 

@@ -27,7 +27,8 @@ def _key_mask(attn_mask, batch: int, s_k: int):
     if attn_mask is None:
         return None
     if not isinstance(attn_mask, Tensor) or attn_mask.dim() not in (2, 4):
-        raise ValueError("attn_mask must be a tensor (B, 1, 1, S_k) or (B, S_k), the same for every query; use dense attention for other masks")
+        got = tuple(attn_mask.shape) if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
+        raise ValueError(f"attn_mask must be a tensor (B, 1, 1, S_k) or (B, S_k), the same for every query, got {got}; use dense attention otherwise")
     mask = attn_mask
     if mask.dim() == 4:
         if mask.shape[1] != 1 or mask.shape[2] != 1:
@@ -36,7 +37,9 @@ def _key_mask(attn_mask, batch: int, s_k: int):
             )
         mask = mask[:, 0, 0]
     if mask.shape[0] not in (1, batch) or mask.shape[1] != s_k:
-        raise ValueError(f"attn_mask must have the shape (B, 1, 1, S_k) with B={batch}, S_k={s_k}, got {tuple(attn_mask.shape)}")
+        raise ValueError(
+            f"attn_mask must have the shape (B, 1, 1, S_k) with B={batch}, S_k={s_k}, got {tuple(attn_mask.shape)}; use one row per batch"
+        )
     return mask.expand(batch, s_k)
 
 

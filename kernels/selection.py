@@ -19,7 +19,8 @@ POOL_Q = 32
 VARIANCE_CAP = 8.0
 MASKED_BIAS = -1e4
 """An additive mask value at or below this excludes the key."""
-_CHUNK_ELEMENTS = 1 << 24  # fp32 elements of q or k, or of the score map, that are worked on at a time
+_CHUNK_ELEMENTS = 1 << 20  # fp32 elements of q or k, or of the score map, that are worked on at a time at least
+_CHUNKS = 16  # and at most this share of q
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +38,18 @@ class Rule:
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """A key mask in the forms the package works with, both (B, S_k): `valid` bool, `weight` fp32 = exp(bias), 0 where masked.
+    """A key mask in the forms the package works with.
 
-    Softmax is unchanged when all biases of a batch element move together; weights are relative to its largest bias, so they stay finite.
+    valid : bool (B, S_k)
+    weight : fp32 (B, S_k)
+        exp(bias - top), 0 where masked: relative to the largest bias of the batch element, so that it stays finite.
+    top : fp32 (B,)
+        That largest bias; 0 for a bool mask and where everything is masked.
     """
 
     valid: Tensor
     weight: Tensor
+    top: Tensor
 
     @classmethod
     def from_mask(cls, key_mask: Tensor | None) -> Keys | None:
@@ -51,14 +57,15 @@ class Keys:
         if key_mask is None:
             return None
         if key_mask.dtype == torch.bool:
-            return cls(key_mask, key_mask.float())
+            return cls(key_mask, key_mask.float(), torch.zeros(key_mask.shape[0], device=key_mask.device))
         bias = key_mask.float()
         valid = bias > MASKED_BIAS
-        top = torch.where(valid, bias, -math.inf).amax(-1, keepdim=True)
-        return cls(valid, torch.where(valid, (bias - top).exp(), 0))
+        top = torch.where(valid, bias, -math.inf).amax(-1)
+        top = torch.where(top > -math.inf, top, 0)
+        return cls(valid, torch.where(valid, (bias - top[:, None]).exp(), 0), top)
 
     def on_plan(self, perm: Tensor | None) -> Keys:
-        return self if perm is None else Keys(self.valid[:, perm], self.weight[:, perm])
+        return self if perm is None else Keys(self.valid[:, perm], self.weight[:, perm], self.top)
 
 
 def visibility(
@@ -144,7 +151,7 @@ def select(
     variance = rule.score == "subblock"
     pools = BLOCK_Q // POOL_Q if variance else 1
     per_head = max(s_q * dim * group, s_k * dim, pools * n_q * n_k * group)
-    step = max(1, _CHUNK_ELEMENTS // per_head)
+    step = max(1, max(_CHUNK_ELEMENTS, heads * s_q * dim // _CHUNKS) // per_head)
     for b in range(batch):
         weight = None if plan_keys is None else plan_keys.weight[b]
         for g in range(0, kv_heads, step):

@@ -3,8 +3,8 @@
 For one head at a time the kept key and value blocks of a few query blocks are copied into a reused buffer and go through PyTorch's dense
 attention. Exact: nothing is quantised, and with every block kept the call is dense attention itself.
 
-Memory beyond the output: three contiguous heads and two gathered ones, fp32 pools of a few heads during selection, and the block maps; at most 8
-times the bytes of q for a single head with S_q = S_k, less than the size of q for 16 heads or more. Nothing of the size S_q x S_k.
+Memory beyond the output, with S_q = S_k: three contiguous heads and two gathered ones, fp32 copies of a few heads during selection, and the block
+maps. That is at most 8 times the bytes of q for a single head; for 16 heads or more, the bytes of q and 32 MB. Nothing of the size S_q x S_k.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ def attend(call, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, keys: selection.
                 skipped = visible[b % visible.shape[0]] & ~kept[b, h]
                 if partial is not None:
                     skipped = skipped & ~partial
-                o, l = _compensate(q_head, k_head, v_head, o, l, skipped, None if plan_keys is None else plan_keys.weight[b],
-                                   None if centre is None else centre[b, h // group], call.scale)  # fmt: skip
+                weight, top = (None, 0.0) if plan_keys is None else (plan_keys.weight[b], plan_keys.top[b])
+                head_centre = None if centre is None else centre[b, h // group]
+                o, l = _compensate(q_head, k_head, v_head, o, l, skipped, weight, top, head_centre, call.scale)
             if call.perm is None:
                 out[b, h] = o
                 if call.want_lse:
@@ -215,9 +216,10 @@ def dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, wa
     return out, lse
 
 
-def _compensate(q, k, v, out, lse, skipped, weight, centre, scale):
+def _compensate(q, k, v, out, lse, skipped, weight, top, centre, scale):
+    """Merges the pooled state, which is relative to the centred K and to the largest key bias `top`, with lse of the true scores."""
     centred = k.float() if centre is None else k.float() - centre
-    true_shift = 0.0 if centre is None else scale * (q.float() @ centre[0])
+    frame = top if centre is None else top + scale * (q.float() @ centre[0])
     state = compensation.skipped_state(q[None], centred[None], v[None], weight, skipped[None], scale)
-    o, l = compensation.merge(out[None].float(), (lse - true_shift)[None], q[None], state, scale)
-    return o[0].to(out.dtype), l[0] + true_shift
+    o, l = compensation.merge(out[None].float(), (lse - frame)[None], q[None], state, scale)
+    return o[0].to(out.dtype), l[0] + frame

@@ -1,6 +1,6 @@
 """Writes a small Wan 2.1 text-to-video checkpoint whose weights are designed, not trained: `python demo_model.py FILE`.
 
-ComfyUI's loader sees an ordinary WanModel (2 heads of 128, five blocks). Along the sampling path dx/dsigma = a*x - b*smooth(x): the self
+ComfyUI's loader sees an ordinary WanModel (2 heads of 128, six blocks). Along the sampling path dx/dsigma = a*x - b*smooth(x): the self
 attention of the blocks is `smooth`, one block after another, so detail that no block carries dies out and broad shapes grow, and sampling
 noise gives soft drifting clouds of colour. A head is a kernel over the offset (t, y, x) between query and key: q and k are nearly constant
 vectors, and RoPE turns their product into a sum of cosines of the offset, whose amplitudes (the weights of norm_q and norm_k) are fitted to

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 
@@ -82,6 +83,23 @@ def test_failing_node_raises_and_the_server_lives_on(server):
         server.queue(bad)
     assert "ValueError" in caught.value.nodes["6"]
     assert server.queue(graph(seed=2))["status"]["status_str"] == "success"
+
+
+def test_demo_workflow_matches_the_nodes(server):
+    """The links join what they say, and every value that the nodes want is there in their order."""
+    info = server.object_info()
+    workflow = json.loads((comfy_server.HERE / "fixture_pack" / "workflows" / "sparge_demo.json").read_text(encoding="utf-8"))
+    nodes = {node["id"]: node for node in workflow["nodes"] if node["type"] != "Note"}
+    for identity, source, source_slot, target, target_slot, kind in workflow["links"]:
+        assert nodes[source]["outputs"][source_slot]["type"] == kind
+        assert identity in nodes[source]["outputs"][source_slot]["links"]
+        assert nodes[target]["inputs"][target_slot]["link"] == identity
+    for node in nodes.values():
+        known = info[node["type"]]["input"]
+        declared = [*known.get("required", {}), *known.get("optional", {})]
+        assert [given["name"] for given in node["inputs"]] == declared, node["type"]
+        widgets = [given["name"] for given in node["inputs"] if "widget" in given]
+        assert len(node["widgets_values"]) == len(widgets) + ("seed" in widgets), node["type"]  # a seed is followed by its control
 
 
 def test_start_that_fails_shows_the_log_and_leaves_nothing():

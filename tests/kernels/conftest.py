@@ -292,11 +292,11 @@ def load_copy():
 
 @pytest.fixture
 def profile():
-    """profile(call): the ops it ran with their input shapes, every allocation in bytes (freed ones negative), the peak, and the result."""
+    """profile(call): every allocation in bytes (freed ones negative), the peak, the result, and where asked for the ops with their input shapes."""
 
-    def run(call):
+    def run(call, ops: bool = False):
         torch.utils.deterministic.fill_uninitialized_memory = False  # it would add ops of its own
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, record_shapes=True) as prof:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, record_shapes=ops) as prof:
             result = call()
             last = torch.empty(3)  # a marker: the profiler has seen memory events
         del last
@@ -304,6 +304,6 @@ def profile():
         sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
         assert sizes, "the profiler recorded no memory events"
         live = np.cumsum(sizes)
-        return SimpleNamespace(ops=list(prof.events()), allocations=sizes, peak=int(live.max()), result=result)
+        return SimpleNamespace(ops=list(prof.events()) if ops else [], allocations=sizes, peak=int(live.max()), result=result)
 
     return run

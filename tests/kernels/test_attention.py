@@ -415,7 +415,9 @@ def test_runs_twice_bitwise_equal_and_leaves_inputs_alone(rand, topk, compensate
 
 
 @pytest.mark.parametrize("compensate", [False, True], ids=["", "compensate"])
-@pytest.mark.parametrize("options", [dict(topk=1), dict(topk=0.3), dict(cdfthreshd=0.5), dict(topk=0.3, simthreshd1=0.5), dict(topk=0.3, causal=True)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(topk=1), dict(topk=0.3), dict(cdfthreshd=0.5), dict(topk=0.3, simthreshd1=0.5), dict(topk=0.3, causal=True)], ids=str
+)
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_nan_and_inf_stay_inside_their_head(clustered, value, where, options, compensate):

@@ -12,8 +12,9 @@ import torch
 from sparge_kernels import compat, select_blocks, sparse_attention
 
 TAIL = "attention_sink=False, tensor_layout='HND', output_dtype=None, return_sparsity=False"
-TOPK = f"q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, smooth_k=True, simthreshd1=-0.1, cdfthreshd=None, topk=0.5, pvthreshd=15, {TAIL}"
-CDF = f"q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, smooth_k=True, simthreshd1=0.6, cdfthreshd=0.98, pvthreshd=50, {TAIL}"
+HEAD = "q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, smooth_k=True"
+TOPK = f"{HEAD}, simthreshd1=-0.1, cdfthreshd=None, topk=0.5, pvthreshd=15, {TAIL}"
+CDF = f"{HEAD}, simthreshd1=0.6, cdfthreshd=0.98, pvthreshd=50, {TAIL}"
 BLOCK = f"q, k, v, mask_id=None, dropout_p=0.0, scale=None, smooth_k=True, pvthreshd=50, {TAIL}"
 NAMES = {
     "spas_sage2_attn_meansim_topk_cuda": TOPK,
@@ -42,7 +43,9 @@ def qkv(clustered):
 @pytest.mark.parametrize("name", MEANSIM)
 def test_meansim(rand, naive, name, causal):
     """Against the naive selection with the published score: GQA, judge, is_causal."""
-    q, k, v = (3 * rand(n, 2, h, 6, 32).repeat_interleave(128, 2)[:, :, :700] + 0.3 * rand(n + 10, 2, h, 700, 32) for n, h in ((1, 4), (2, 2), (3, 2)))
+    q, k, v = (
+        3 * rand(n, 2, h, 6, 32).repeat_interleave(128, 2)[:, :, :700] + 0.3 * rand(n + 10, 2, h, 700, 32) for n, h in ((1, 4), (2, 2), (3, 2))
+    )
     k[:, :, 200:300] += 3 * rand(20, 100, 32)  # two mixed blocks
     out, sparsity = getattr(compat, name)(q, k, v, is_causal=causal, return_sparsity=True)
     rule = dict(topk=0.5, simthreshd1=-0.1) if "topk" in name else dict(cdfthreshd=0.98, simthreshd1=0.6)
@@ -69,7 +72,9 @@ def test_is_causal_sees_no_future(qkv, name):
 def test_smooth_k_false_works(qkv, name):
     q, k, v = qkv
     options = {} if "block" in name else dict(simthreshd1=-0.1)
-    torch.testing.assert_close(getattr(compat, name)(q, k, v, smooth_k=False, **options), getattr(compat, name)(q, k, v, **options), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        getattr(compat, name)(q, k, v, smooth_k=False, **options), getattr(compat, name)(q, k, v, **options), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", MEANSIM)
@@ -110,7 +115,11 @@ def test_key_only_masks(qkv, naive, form):
     naive.check(out, q, k, v, key_mask=full)
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 700, 700), (2, 1, 700, 700), (2, 4, 1, 700), (1, 1, 700, 700), (700, 700), (700,), (2, 1, 700), (3, 700), (2, 1, 1, 699)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 4, 700, 700), (2, 1, 700, 700), (2, 4, 1, 700), (1, 1, 700, 700), (700, 700), (700,), (2, 1, 700), (3, 700), (2, 1, 1, 699)],
+    ids=str,
+)
 @pytest.mark.parametrize("name", MEANSIM)
 def test_other_masks_are_refused(qkv, name, shape):
     with pytest.raises(ValueError, match="attn_mask") as caught:
@@ -146,10 +155,13 @@ def test_attention_sink_keeps_the_first_block(qkv, name):
         options["topk"] = 0.1
     else:
         options["cdfthreshd"] = 0.1
+
     def sensitive(sink):
         other = v.clone()
         other[:, :, :64] += 1e6
-        return not torch.equal(getattr(compat, name)(q, k, v, attention_sink=sink, **options), getattr(compat, name)(q, k, other, attention_sink=sink, **options))
+        return not torch.equal(
+            getattr(compat, name)(q, k, v, attention_sink=sink, **options), getattr(compat, name)(q, k, other, attention_sink=sink, **options)
+        )
 
     if "block" in name:
         assert not sensitive(False)

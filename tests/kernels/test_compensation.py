@@ -165,6 +165,21 @@ def test_causal_does_not_see_the_future(rand, clustered, offset, which):
     assert (again - out).abs().max() > 0.1
 
 
+def test_a_dropped_block_on_the_diagonal_is_not_pooled(rand, naive):
+    """A caller's map may drop blocks that the causal edge cuts: pooling them would show each row its future. Keys are constant within a block, so
+    that the covariance is zero and the pooled term exact."""
+    q = rand(1, 1, 2, 3, 16).repeat_interleave(128, 2)
+    k = rand(2, 1, 2, 6, 16).repeat_interleave(64, 2)
+    v = rand(3, 1, 2, 384, 16)
+    blocks = torch.zeros(1, 1, 3, 6, dtype=torch.bool)
+    blocks[..., 2, 0] = True
+    out, lse = block_sparse_attention(q, k, v, blocks, causal=True, compensate=True, return_lse=True)
+    whole = torch.arange(6)[None] * 64 + 63 <= torch.arange(3)[:, None] * 128
+    truth, true_lse = naive.dense(q, k, v, causal=True, blocks=(blocks | whole))
+    assert relative(out, truth) <= 1e-5 and (out[:, :, :128] == 0).all()
+    torch.testing.assert_close(lse.double(), true_lse, rtol=1e-5, atol=1e-5)
+
+
 def test_rows_that_keep_nothing_get_the_pooled_term(rand, naive):
     q = rand(1, 1, 1, 2, 16).repeat_interleave(128, 2)
     k = rand(2, 1, 1, 4, 16).repeat_interleave(64, 2)

@@ -77,10 +77,26 @@ def test_compiled_with_mask_order_and_per_head_values(clustered):
 
 
 def test_compiled_with_changing_lengths(clustered):
-    run = torch.compile(lambda q, k, v: sparse_attention(q, k, v, topk=0.3), fullgraph=True, backend="aot_eager", dynamic=True)
+    run = compiled(lambda q, k, v: sparse_attention(q, k, v, topk=0.3))
     for s in (200, 333, 63, 500):
         q, k, v = (clustered(n, 1, 2, s, 16) for n in (1, 3, 5))
         assert torch.equal(run(q, k, v), sparse_attention(q, k, v, topk=0.3))
+
+
+def test_compiled_with_changing_numbers(clustered):
+    """A schedule changes topk from step to step: torch.compile turns a float that changes into a symbol."""
+    q, k, v = (clustered(n, 1, 2, 333, 16) for n in (1, 3, 5))
+    run = compiled(lambda topk: sparse_attention(q, k, v, topk=topk))
+    for topk in (0.2, 0.35, 0.5, 0.75):
+        assert torch.equal(run(topk), sparse_attention(q, k, v, topk=topk))
+
+
+@pytest.mark.parametrize("name", ["pvthreshd", "simthreshd1", "scale", "cdfthreshd"])
+def test_compiled_with_other_changing_numbers(clustered, name):
+    q, k, v = (clustered(n, 1, 2, 333, 16) for n in (1, 3, 5))
+    run = compiled(lambda value: sparse_attention(q, k, v, **{name: value}))
+    for value in (0.2, 0.35, 0.5):
+        assert torch.equal(run(value), sparse_attention(q, k, v, **{name: value}))
 
 
 def attend_arguments(q, k, v, *, block_map=None, topk=0.3, key_mask=None, lse=True, compensate=False, causal=False, perm=None, topk_heads=None):
@@ -105,9 +121,7 @@ def test_opcheck_attend(clustered, case):
 
 def test_opcheck_select(clustered):
     q, k = clustered(1, 2, 4, 333, 16), clustered(3, 2, 2, 200, 16)
-    torch.library.opcheck(
-        ops.select.default, (q, k, None, 0.5, 0.3, "mean", None, None, None, None, True, 5, 0.25, True, [0, 5], [], None, "torch")
-    )
+    torch.library.opcheck(ops.select.default, (q, k, None, 0.5, 0.3, "mean", None, None, None, None, True, 5, 0.25, True, [0, 5], [], None, "torch"))
 
 
 def test_namespace_comes_from_the_package_name():

@@ -104,7 +104,9 @@ def test_centre_is_the_mean_of_unmasked_tokens_0_16_32(rand, s):
 
 def test_centre_of_large_fp16_values():
     centre = quantize.key_centre(torch.full((1, 1, 4096, 2), 60000.0, dtype=torch.float16))
-    assert (centre == 60000).all()
+    assert (centre == 60000).all() and centre.dtype == torch.float32
+    masked = quantize.key_centre(torch.full((1, 1, 64, 2), 3.0, dtype=torch.bfloat16), torch.ones(1, 64, dtype=torch.bool))
+    assert (masked == 3).all() and masked.dtype == torch.float32
 
 
 @pytest.mark.parametrize("d", [1, 2, 64, 128])

@@ -1,0 +1,233 @@
+"""Who imports whom (architecture.md), what may be imported at all (style.md 11 and 12), and that importing does no work."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS, NODES = ROOT / "kernels", ROOT / "nodes"
+
+# architecture.md "Who imports whom". block_mask and errors hold no logic of their own that anything could depend on in a circle: everybody may.
+FREE = {"block_mask", "errors"}
+ALLOWED = {
+    "__init__": {"attention", "compat", "order", "backends", "config"},
+    "__main__": {"__init__", "attention", "backends", "reference", "order"},
+    "attention": {"checks", "ops", "backends", "order"},
+    "checks": {"backends", "order"},
+    "errors": set(),
+    "block_mask": {"order"},  # for its type only; see test_block_mask_needs_order_for_the_type_only
+    "order": set(),
+    "quantize": set(),
+    "selection": {"quantize"},
+    "compensation": {"selection"},
+    "reference": set(),
+    "compat": {"attention"},
+    "ops": {"backends", "selection"},
+    "budget": {"attention", "selection", "order"},
+    "config": set(),
+    "backends": {"backends.cuda", "backends.triton", "backends.torch"},
+    "backends.torch": {"selection", "quantize", "order", "compensation"},
+    "backends.cuda": {"config", "cuda", "selection", "quantize", "order", "compensation"},
+    "backends.triton": {"config", "triton", "selection", "quantize", "order", "compensation"},
+}
+LAZY = {
+    "triton": ("backends/triton.py", "triton/"),
+    "safetensors": ("budget.py",),
+    "transformers": ("integrations/",),
+    "diffusers": ("integrations/",),
+}
+
+
+def python_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*.py") if "__pycache__" not in p.parts)
+
+
+def imports(path: Path, package: Path):
+    """(level, module, names, lazy, type_only) of every import statement; level 0 is absolute."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    lazy, type_only = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            lazy |= {id(inner) for inner in ast.walk(node)}
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            type_only |= {id(inner) for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield 0, alias.name, [], id(node) in lazy, id(node) in type_only
+        elif isinstance(node, ast.ImportFrom):
+            yield node.level, node.module or "", [a.name for a in node.names], id(node) in lazy, id(node) in type_only
+
+
+def stem(path: Path) -> str:
+    """'attention', 'backends', 'backends.torch', '__init__'."""
+    parts = list(path.relative_to(KERNELS).with_suffix("").parts)
+    if parts[-1] == "__init__" and len(parts) > 1:
+        parts = parts[:-1]
+    return ".".join(parts)
+
+
+def targets(path: Path, level: int, module: str, names: list[str]) -> set[str]:
+    """The modules of kernels/ that a relative import reaches."""
+    base = path.parent
+    for _ in range(level - 1):
+        base = base.parent
+    base = base.joinpath(*module.split(".")) if module else base
+    assert base.is_relative_to(KERNELS), f"{path} imports from outside the package"
+    if not base.is_dir():
+        return {stem(base.with_suffix(".py"))}
+    reached = set()
+    for name in names:
+        inner = base / name
+        reached.add(stem(inner.with_suffix(".py")) if inner.with_suffix(".py").is_file() or inner.is_dir() else stem(base / "__init__.py"))
+    return reached
+
+
+@pytest.mark.parametrize("path", python_files(KERNELS), ids=lambda p: str(p.relative_to(KERNELS)))
+def test_kernels_import_direction(path):
+    own = stem(path)
+    allowed = ALLOWED.get(own, ALLOWED.get(own.split(".")[0]))
+    for level, module, names, _, type_only in imports(path, KERNELS):
+        if level and not type_only:
+            reached = targets(path, level, module, names) - FREE - {own}
+            assert allowed is not None, f"{own} is a new module: give it a row in ALLOWED, after architecture.md"
+            assert reached <= allowed, f"{own} imports {sorted(reached - allowed)}; it may import {sorted(allowed)}"
+
+
+@pytest.mark.parametrize("path", python_files(KERNELS), ids=lambda p: str(p.relative_to(KERNELS)))
+def test_kernels_import_only_stdlib_numpy_torch(path):
+    place = path.relative_to(KERNELS).as_posix()
+    for level, module, _, lazy, _ in imports(path, KERNELS):
+        if level:
+            continue
+        top = module.split(".")[0]
+        assert top not in ("comfy", "comfy_api", "nodes", "kernels", "sparge_kernels"), f"{place} imports {module}"
+        if top in LAZY:
+            assert place.startswith(LAZY[top]), f"{place} imports {module}, which belongs in {LAZY[top]}"
+            assert lazy or place.startswith("triton/"), f"{place} imports {module} at import time"
+        else:
+            assert top in sys.stdlib_module_names or top in ("numpy", "torch"), f"{place} imports {module}"
+
+
+def test_reference_imports_block_mask_only():
+    reached = set()
+    for level, module, names, _, _ in imports(KERNELS / "reference.py", KERNELS):
+        if level:
+            reached |= targets(KERNELS / "reference.py", level, module, names)
+    assert reached == {"block_mask"}
+
+
+def test_block_mask_needs_order_for_the_type_only():
+    for level, module, names, _, type_only in imports(KERNELS / "block_mask.py", KERNELS):
+        assert not level or type_only, f"block_mask imports {module} {names} when it runs"
+
+
+def test_no_path_edits_and_no_logging_setup():
+    for path in [*python_files(KERNELS), *python_files(NODES)]:
+        text = path.read_text(encoding="utf-8")
+        for forbidden in ("sys.path", "logging.basicConfig", "addHandler", "torch.cuda.set_device"):
+            assert forbidden not in text, f"{path.relative_to(ROOT)} holds {forbidden}"
+        for node in ast.walk(ast.parse(text)):
+            assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{path.relative_to(ROOT)}:{node.lineno}: a bare except"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and path.is_relative_to(KERNELS) and path.name != "__main__.py":
+                assert node.func.id != "print", f"{path.relative_to(ROOT)}:{node.lineno} prints"
+
+
+def test_public_functions_take_no_kwargs():
+    for path in python_files(KERNELS):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                assert node.args.kwarg is None, f"{path.name}: {node.name} takes **{node.args.kwarg.arg}"
+
+
+@pytest.mark.skipif(not NODES.is_dir(), reason="nodes/ is not there yet")
+@pytest.mark.parametrize("path", python_files(NODES), ids=lambda p: str(p.relative_to(NODES)))
+def test_nodes_reach_kernels_through_one_crossing(path):
+    for level, module, names, _, _ in imports(path, NODES):
+        if level == 0:
+            assert module.split(".")[0] not in ("kernels", "sparge_kernels", "nodes"), f"{path.name} imports {module} by a top-level name"
+            continue
+        depth = len(path.relative_to(NODES).parts)
+        if level == depth:  # inside nodes/
+            continue
+        reached = [module.split(".")[0]] if module else names
+        assert level < depth or level == depth + 1, f"{path.name} imports from above the pack"
+        if "kernels" in reached:
+            assert path.name == "_kernels.py", f"{path.name} imports kernels itself; nodes/_kernels.py is the one crossing"
+
+
+def test_the_root_holds_no_logic():
+    for level, module, names, _, _ in imports(ROOT / "__init__.py", ROOT):
+        assert (level == 1 and "kernels" not in (module.split(".")[0], *names)) or (
+            level == 0 and module.split(".")[0] in (*sys.stdlib_module_names, "comfy_api", "typing_extensions")
+        )
+
+
+CODE = """
+import builtins, os, socket, sys
+import torch, numpy
+import torch.cuda
+before = set(sys.modules)
+def refuse(name):
+    def call(*args, **kwargs):
+        raise SystemExit(f"importing called {name}{args}")
+    return call
+plain = builtins.open
+def no_writing(file, mode="r", *args, **kwargs):
+    if set(mode) & set("wax+"):
+        raise SystemExit(f"importing writes {file}")
+    return plain(file, mode, *args, **kwargs)
+builtins.open = no_writing
+os.mkdir = os.makedirs = refuse("mkdir")
+socket.socket.connect = refuse("connect")
+for name in ("is_available", "device_count", "current_device", "get_device_properties", "get_device_capability", "init", "_lazy_init"):
+    setattr(torch.cuda, name, refuse("torch.cuda." + name))
+import sparge_kernels
+assert not torch.cuda.is_initialized()
+heavy = {"triton", "transformers", "diffusers", "safetensors", "comfy", "torch._dynamo", "torch._inductor"} & (set(sys.modules) - before)
+if heavy:
+    raise SystemExit(f"importing loads {heavy}")
+"""
+
+
+def test_importing_is_silent_and_takes_nothing(tmp_path):
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and done.stderr == "" and list(tmp_path.iterdir()) == []
+
+
+def test_public_names():
+    import sparge_kernels
+
+    expected = {"sparse_attention", "block_sparse_attention", "select_blocks", "BlockMask", "AttentionInfo", "UnsupportedCall", "backends",
+                "merge_lse", "order", "compat"}  # fmt: skip
+    assert set(sparge_kernels.__all__) == expected and all(hasattr(sparge_kernels, name) for name in expected)
+    for name in expected - {"order", "compat"}:
+        assert getattr(sparge_kernels, name).__doc__, f"{name} has no docstring"
+
+
+def test_signatures():
+    import inspect
+
+    import sparge_kernels
+
+    api = {
+        "sparse_attention": "q, k, v, *, topk=None, cdfthreshd=None, simthreshd1=-0.1, pvthreshd=15.0, causal=False, causal_offset=0, scale=None, "
+        "key_mask=None, always_keep=None, order=None, score='subblock', compensate=False, smooth_k=True, layout='HND', backend='auto', "
+        "return_lse=False, return_info=False",
+        "block_sparse_attention": "q, k, v, block_mask, *, pvthreshd=15.0, causal=False, causal_offset=0, scale=None, key_mask=None, order=None, "
+        "compensate=False, smooth_k=True, layout='HND', backend='auto', return_lse=False, return_info=False",
+        "select_blocks": "q, k, *, topk=None, cdfthreshd=None, simthreshd1=-0.1, causal=False, causal_offset=0, scale=None, key_mask=None, "
+        "always_keep=None, order=None, score='subblock', smooth_k=True, layout='HND', backend='auto'",
+    }
+    for name, expected in api.items():
+        signature = inspect.signature(getattr(sparge_kernels, name))
+        parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+        assert str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)) == f"({expected})"

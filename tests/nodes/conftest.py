@@ -1,0 +1,174 @@
+"""What the node tests share: the pack's node modules, tiny models small enough for many runs, and doubles of other nodes' attention patches.
+
+Doubles are closures: ComfyUI deep-copies `model_options` in every `model.clone()`, and only functions come through that unchanged.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+MODULES = ("_comfy", "_kernels", "draw", "geometry", "override", "patch", "reasons", "report", "run_state", "telemetry")
+KEY = "optimized_attention_override"
+SMALL = {"wan_t2v": (1, 16, 1, 32, 32), "qwen_image": (1, 16, 1, 32, 32), "hunyuan_video": (1, 16, 1, 32, 32)}  # 256 tokens of picture
+
+
+@pytest.fixture(scope="session")
+def node_modules(pack):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny calls: on two busy cores a second thread makes these tests three times slower
+    yield SimpleNamespace(**{name: importlib.import_module(f"{pack.__name__}.nodes.{name}") for name in MODULES})
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def nodes(node_modules):
+    """The node modules, with an empty store of runs."""
+    node_modules.telemetry.runs.closed.clear()
+    node_modules.telemetry.runs._shown.clear()
+    return node_modules
+
+
+@pytest.fixture(scope="session")
+def tiny(comfy):
+    """`tiny(name, **changes)`: a model of `comfy_models`, built once a session; with a picture of 256 tokens where `SMALL` has the family."""
+    import comfy_models
+
+    built = {}
+
+    def get(name: str, **changes):
+        changes = {"latent": SMALL[name], **changes} if name in SMALL else changes
+        key = (name, *sorted(changes.items()))
+        if key not in built:
+            built[key] = comfy_models.build(name, **changes)
+        return built[key]
+
+    return get
+
+
+@pytest.fixture
+def patched(nodes):
+    """`patched(model, **settings)`: a clone of a model (TinyModel or ModelPatcher) with SpargeAttention on it; short sequences count."""
+
+    def install(model, **settings):
+        settings = nodes.patch.Settings(**{"min_tokens": 0, "topk": 0.3, **settings})
+        return nodes.patch.install(getattr(model, "patcher", model), settings)
+
+    return install
+
+
+@pytest.fixture
+def last_run(nodes):
+    """The last closed run as a dict."""
+    return lambda: nodes.telemetry.runs.closed[-1].to_dict()
+
+
+@pytest.fixture
+def watch(comfy):
+    """`watch(patcher)`: a clone and a list that gets one (sigma, schedule, transformer_options) for every model call, as our patch leaves them."""
+    from comfy.patcher_extension import WrappersMP
+
+    def install(patcher):
+        calls, clone = [], patcher.clone()
+
+        def note(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
+            schedule = [float(s) for s in transformer_options["sample_sigmas"]]
+            calls.append((float(transformer_options["sigmas"].max()), schedule, transformer_options))
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **conds)
+
+        clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "zz_watch", note)
+        return clone, calls
+
+    return install
+
+
+@pytest.fixture
+def passing():
+    """`passing(previous=None)`: an override that notes (func, args, kwargs) in its `.seen` and passes the call on."""
+
+    def make(previous=None):
+        seen = []
+
+        def override(func, *args, **kwargs):
+            seen.append((func, args, dict(kwargs)))
+            return previous(func, *args, **kwargs) if previous is not None else func(*args, **kwargs)
+
+        override.seen = seen
+        return override
+
+    return make
+
+
+@pytest.fixture
+def computed(comfy, monkeypatch):
+    """A list with the query length of every call that ComfyUI's own attention computes."""
+    import comfy.ops
+
+    lengths, real = [], comfy.ops.scaled_dot_product_attention
+
+    def counting(q, *args, **kwargs):
+        lengths.append(q.shape[2])
+        return real(q, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.ops, "scaled_dot_product_attention", counting)
+    return lengths
+
+
+class Direct:
+    """An override of ours in an open run with one model call of a family that no row knows, to be called as ComfyUI's attention is."""
+
+    def __init__(self, nodes, model, previous, context_tokens, settings):
+        source = model.patcher.clone()
+        if previous is not None:
+            source.model_options["transformer_options"][KEY] = previous
+        self.patcher = nodes.patch.install(source, nodes.patch.Settings(**{"min_tokens": 0, "topk": 0.3, **settings}))
+        (self.patch,) = nodes.patch.patches_of(self.patcher)
+        self.state = nodes.run_state.RunState(self.patch, self.patcher, [1.0, 0.5, 0.0])
+        self.state.family = None
+        facts = nodes.geometry.ModelCall(object(), (1, 16, 1, 8, 8), context_tokens, {}, {})
+        self.context = nodes.run_state.CallContext(self.state, facts)
+        self.options = {self.patch.key: self.context, KEY: self.patch.override}
+
+    def __call__(self, *args, **kwargs):
+        """ComfyUI's own attention function, decorated as its models call it."""
+        from comfy.ldm.modules.attention import attention_pytorch
+
+        return attention_pytorch(*args, transformer_options=self.options, **kwargs)
+
+    @property
+    def run(self):
+        return self.state.telemetry
+
+    def reasons(self) -> list[str]:
+        return list(self.run.reasons)
+
+    def closed(self) -> dict:
+        self.run.close()
+        return self.run.to_dict()
+
+
+@pytest.fixture
+def direct(nodes, tiny):
+    return lambda previous=None, context_tokens=0, **settings: Direct(nodes, tiny("wan_t2v"), previous, context_tokens, settings)
+
+
+def dense_reference(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, scale=None, **_):
+    """What ComfyUI's attention contract says, in fp64 and with PyTorch only; k and v may have fewer heads."""
+    dim = q.shape[-1] if skip_reshape else q.shape[-1] // heads
+    if not skip_reshape:
+        q, k, v = ((x if x.dim() == 4 else x.unflatten(-1, (-1, dim))).transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    while mask is not None and mask.dim() < 4:
+        mask = mask[None] if mask.dim() == 2 else mask[:, None]
+    mask = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    out = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask, scale=scale).to(q.dtype)
+    return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+
+@pytest.fixture(scope="session")
+def reference():
+    return dense_reference

@@ -1,0 +1,170 @@
+"""The node SpargeReport: what it hands on, draws, saves and says, and which runs it shows."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import comfy_models
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+@pytest.fixture
+def folders(comfy, tmp_path, monkeypatch):
+    """ComfyUI's output and temp folders."""
+    import folder_paths
+
+    for name in ("output", "temp"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
+    return tmp_path
+
+
+@pytest.fixture
+def report(nodes, folders, monkeypatch):
+    """`report(model, data)`: the node's result as node 9 of a graph."""
+    node = nodes.report.SpargeReport
+
+    def execute(model, data=None, unique_id="9"):
+        hidden = None if unique_id is None else SimpleNamespace(unique_id=unique_id, prompt=None, extra_pnginfo=None)
+        monkeypatch.setattr(node, "hidden", hidden, raising=False)
+        return node.execute(getattr(model, "patcher", model), {"samples": torch.zeros(1, 4, 8, 8)} if data is None else data)
+
+    return execute
+
+
+def sampled(model, patcher, steps=2):
+    comfy_models.sample(model, patcher, steps=steps)
+    return patcher
+
+
+@pytest.mark.parametrize("data", [{"samples": torch.zeros(1, 4, 8, 8), "noise_mask": 1}, torch.rand(2, 16, 16, 3)], ids=["latent", "images"])
+def test_outputs(nodes, tiny, patched, last_run, report, folders, data):
+    model = tiny("wan_t2v")
+    patcher = sampled(model, patched(model, end_percent=0.6), steps=3)
+    result = report(patcher, data)
+    passed, heat_map, frames, text = result.args
+    assert passed is data
+    for images, count in ((heat_map, 1), (frames, 3)):
+        assert images.dtype == torch.float32 and images.dim() == 4 and images.shape[0] == count and images.shape[3] == 3
+        assert images.min() >= 0 and images.max() <= 1 and images.std() > 0.01
+    assert frames.shape[1:3] == (720, 960)
+    assert not torch.equal(frames[0], frames[2]), "the sparse and the dense step look the same"
+    told = json.loads(text)
+    assert told["version"] == 1 and told["runs"] == [json.loads(json.dumps(last_run()))]
+    assert json.loads(text, parse_constant=pytest.fail) == told  # no NaN or Infinity
+
+    files = result.ui["sparge_files"]
+    assert [name["filename"].rsplit(".", 1)[1] for name in files] == ["gif", "mp4", "json"]
+    paths = [folders / "output" / file["subfolder"] / file["filename"] for file in files]
+    assert {path.name for path in (folders / "output").iterdir()} == {path.name for path in paths}
+    assert all(file["type"] == "output" for file in files)
+    with Image.open(paths[0]) as gif:
+        assert gif.format == "GIF" and gif.n_frames == 3 and gif.size == (960, 720)
+    assert paths[1].stat().st_size > 1000 and paths[1].read_bytes()[4:8] == b"ftyp"
+    assert paths[2].read_text(encoding="utf-8") == text
+
+    (preview,) = result.ui["images"]
+    assert preview["type"] == "temp"
+    with Image.open(folders / "temp" / preview["subfolder"] / preview["filename"]) as picture:
+        assert np.abs(np.asarray(picture.convert("RGB")) / 255 - heat_map[0].numpy()).max() < 1 / 128
+
+
+def runs_in(result) -> list[int]:
+    return [run.get("run") for run in json.loads(result.args[3])["runs"]]
+
+
+def test_runs_since_the_last_report(nodes, tiny, patched, report):
+    model = tiny("wan_t2v")
+    patcher = patched(model)
+    start = nodes.telemetry.runs.latest
+    for _ in range(2):
+        sampled(model, patcher, steps=1)
+    first = report(patcher)
+    assert runs_in(first) == [start + 1, start + 2] and first.args[1].shape[0] == 2 and first.args[2].shape[0] == 2
+    assert runs_in(report(patcher)) == [start + 1, start + 2]  # nothing new: the same again
+    assert runs_in(report(patcher, unique_id="10")) == [start + 1, start + 2]  # another report has seen nothing yet
+    sampled(model, patcher, steps=1)
+    assert runs_in(report(patcher)) == [start + 3] == runs_in(report(patcher))
+
+
+def test_only_the_models_own_runs(nodes, tiny, patched, report):
+    model = tiny("wan_t2v")
+    first, second = patched(model), patched(model)
+    start = nodes.telemetry.runs.latest
+    for patcher in (first, second, first):
+        sampled(model, patcher, steps=1)
+    assert runs_in(report(first)) == [start + 1, start + 3]
+    assert runs_in(report(second, unique_id="10")) == [start + 2]
+    assert runs_in(report(first.clone(), unique_id="11")) == [start + 1, start + 3]  # a LoRA behind the node
+    assert runs_in(report(model, unique_id="12")) == [start + 1, start + 2, start + 3]  # an unpatched model: all runs
+    assert runs_in(report(patched(first), unique_id="13")) == [start + 1, start + 3]  # a node that has not run yet, behind one that has
+
+
+def test_no_run(nodes, tiny, patched, report, folders):
+    result = report(patched(tiny("wan_t2v")))
+    _, heat_map, frames, text = result.args
+    assert "no run" in json.loads(text)["runs"][0]["note"]
+    assert heat_map.shape[0] == frames.shape[0] == 1
+    assert list((folders / "output").iterdir()) == [] and result.ui["sparge_files"] == []
+    assert says_more_than_without_its_note(nodes, nodes.report.EMPTY_RUN, heat_map), "the note is not on the picture"
+
+
+def says_more_than_without_its_note(nodes, run, heat_map) -> bool:
+    blank = nodes.draw.to_array(nodes.draw.heat_map({**run, "note": None}))
+    return blank.shape != heat_map[0].shape or not np.array_equal(blank, heat_map[0].numpy())
+
+
+def test_a_run_without_any_call(nodes, tiny, patched, report):
+    model = tiny("pixart")
+    result = report(sampled(model, patched(model), steps=1))
+    (run,) = json.loads(result.args[3])["runs"]
+    assert "PixArt" in run["note"] and result.args[1].shape[0] == 1 and len(result.ui["sparge_files"]) == 3
+    assert says_more_than_without_its_note(nodes, run, result.args[1]), "why nothing was seen is not on the picture"
+
+
+def test_from_a_script(nodes, tiny, patched, report):
+    model = tiny("wan_t2v")
+    assert runs_in(report(sampled(model, patched(model), steps=1), unique_id=None)) == [nodes.telemetry.runs.latest]
+
+
+def test_fingerprint(nodes, tiny, patched):
+    node, model = nodes.report.SpargeReport, tiny("wan_t2v")
+    before = node.fingerprint_inputs(model=None, data=None)
+    assert node.fingerprint_inputs(model=None, data=None) == before == nodes.telemetry.runs.latest
+    sampled(model, patched(model), steps=1)
+    assert node.fingerprint_inputs(model=None, data=None) == before + 1
+
+
+@pytest.mark.parametrize("steps", [1, 99, 100, 101, 1000, 4000])
+def test_frames_of_a_long_run(nodes, monkeypatch, steps):
+    drawn = []
+    monkeypatch.setattr(nodes.draw, "step_frame", lambda run, step, size=None: drawn.append(step))
+    assert len(nodes.report.step_frames({"steps": steps})) == len(drawn) <= nodes.report.MAX_FRAMES == 100
+    assert drawn[0] == 0 and drawn == sorted(set(drawn)) and drawn[-1] >= steps - -(-steps // 100)
+    assert len(drawn) >= min(steps, 50)
+
+
+def test_frames_of_many_runs_stay_bounded(nodes, report, monkeypatch, tiny):
+    """Eight runs of 100 steps, as a store can hold: the IMAGE batch must not take gigabytes."""
+    width, height = nodes.report.FRAME_SIZE
+    for _ in range(8):
+        run = nodes.telemetry.runs.open(node="1", owner=object(), facts={}, sigmas=[1.0] * 101)
+        run.close()
+        nodes.telemetry.runs.add(run)
+    shapes = []
+    monkeypatch.setattr(nodes.draw, "step_frame", lambda run, step, size=None: Image.new("RGB", (4, 4)))
+    monkeypatch.setattr(nodes.report, "save", lambda frames, text: shapes.append(len(frames)) or [])
+    report(tiny("wan_t2v"))
+    taken = shapes[0] * width * height * 3 * 4
+    assert taken <= 2 << 30, f"{shapes[0]} frames take {taken / 2**30:.1f} GiB"
+
+
+def test_pictures_of_different_sizes_share_a_batch(nodes):
+    batch = nodes.report.batch([Image.new("RGB", (4, 2), (255, 0, 0)), Image.new("RGB", (3, 5), (0, 0, 255))])
+    assert batch.shape == (2, 5, 4, 3)
+    assert torch.equal(batch[0, :2], torch.tensor([1.0, 0.0, 0.0]).expand(2, 4, 3)) and (batch[0, 2:] == 1).all() and (batch[1, :, 3] == 1).all()

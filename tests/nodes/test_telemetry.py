@@ -1,0 +1,276 @@
+"""The numbers of a run: sums, means, limits, and that nothing but host numbers is kept."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import weakref
+from types import SimpleNamespace
+
+import comfy_models
+import numpy as np
+import pytest
+import torch
+
+
+class Clock:
+    """A timer of a known reading."""
+
+    def __init__(self, ms: float):
+        self.ms = ms
+
+    def milliseconds(self) -> float:
+        return self.ms
+
+
+@pytest.fixture
+def run(nodes):
+    return nodes.telemetry.runs.open(node="1", owner=object(), facts={"model": "Tiny"}, sigmas=[1.0, 0.5, 0.0])
+
+
+def heads(*values):
+    """(B, H) of one batch row, or of two."""
+    return torch.tensor(values if isinstance(values[0], tuple) else [values], dtype=torch.float32)
+
+
+def test_sums_and_means(run):
+    run.sparse(0, 0, 256, heads((0.2, 0.4), (0.4, 0.6)), heads((0.0, 0.1), (0.2, 0.1)), Clock(2.0))  # a batch of two: its mean
+    run.sparse(0, 0, 256, heads(0.5, 0.5), heads(0.3, 0.3), Clock(3.0))
+    run.dense(0, 0, 256, "window", Clock(7.0))
+    run.dense(0, None, 77, "cross", None)
+    run.end_step()
+    run.sparse(1, 1, 512, heads(1.0, 0.0), heads(0.0, 0.0), Clock(5.0))
+    run.close()
+    told = run.to_dict()
+    first, second = told["cells"]
+    assert (first["step"], first["layer"], second["step"], second["layer"]) == (0, 0, 1, 1)
+    assert (first["sparse_calls"], first["dense_calls"], first["reasons"]) == (2, 1, {"window": 1})
+    assert first["density"] == pytest.approx(0.45) and first["head_density"] == pytest.approx([0.4, 0.5])
+    assert first["pv_skipped"] == pytest.approx(0.2)  # of (0.1, 0.1) and (0.3, 0.3)
+    assert (first["sparse_ms"], first["dense_ms"]) == (5.0, 7.0)
+    assert second["head_density"] == [1.0, 0.0] and second["density"] == pytest.approx(0.5)
+    totals = told["totals"]
+    assert (totals["sparse_calls"], totals["dense_calls"]) == (3, 2) and told["reasons"] == {"window": 1, "cross": 1}
+    assert totals["density"] == pytest.approx((2 * 0.45 + 0.5) / 3)  # by calls, not by cells
+    assert totals["pv_skipped"] == pytest.approx(0.4 / 3)
+    assert (totals["sparse_ms"], totals["dense_ms"]) == (10.0, 7.0)
+    assert (told["heads"], told["tokens"], told["layers"], told["steps"]) == (2, 512, 2, 2)
+    assert totals["speedup"] == pytest.approx(7.0 / 2.5)  # 256 tokens alone were measured both ways
+
+
+def test_speedup_only_when_both_were_measured(run):
+    run.sparse(0, 0, 256, heads(0.2), heads(0.0), Clock(2.0))
+    run.end_step()
+    run.end_step()
+    assert run.speedup() is None
+    run.dense(1, 0, 512, "window", Clock(9.0))  # of another length
+    run.dense(1, None, 256, "cross", None)  # not a block's call: no timer
+    run.end_step()
+    assert run.speedup() is None
+    run.dense(1, 0, 256, "window", Clock(6.0))
+    run.dense(1, 1, 256, "window", Clock(10.0))
+    run.close()
+    assert run.speedup() == pytest.approx(4.0) and "4.00x" in run.summary()
+
+
+def test_speedup_of_a_dense_run_is_none(run):
+    run.dense(0, 0, 256, "window", Clock(6.0))
+    run.close()
+    assert run.speedup() is None and run.to_dict()["totals"]["density"] is None
+    assert run.summary() == "nothing ran sparse; dense: 1 x window"
+
+
+def test_empty_run(run):
+    run.close()
+    told = run.to_dict()
+    assert told["cells"] == [] and told["steps"] == 2 and told["layers"] == 0 and told["totals"]["speedup"] is None
+    json.dumps(told, allow_nan=False)
+
+
+def test_reasons_are_capped(run):
+    for i in range(500):
+        run.dense(0, i % 3, 256, f"reason {i}", Clock(1.0))
+    run.dense(0, 0, 256, "reason 0", Clock(1.0))
+    run.close()
+    assert len(run.reasons) <= 65  # 64 and the rest together
+    assert sum(run.reasons.values()) == 501 == run.to_dict()["totals"]["dense_calls"] and run.reasons["reason 0"] == 2
+    assert set().union(*(cell.reasons for cell in run.cells.values())) == set(run.reasons)
+
+
+def test_head_numbers_are_capped(nodes, run, monkeypatch):
+    monkeypatch.setattr(nodes.telemetry, "MAX_HEAD_BYTES", 3 * 4 * 10)
+    for layer in range(5):
+        for _ in range(2):
+            run.sparse(0, layer, 256, torch.full((1, 10), 0.25 * (layer + 1)).clamp_max(1), torch.zeros(1, 10), Clock(1.0))
+    run.close()
+    told = run.to_dict()["cells"]
+    assert [cell["head_density"] is not None for cell in told] == [True, True, True, False, False]
+    assert [cell["density"] for cell in told] == [0.25, 0.5, 0.75, 1.0, 1.0]  # the mean stays
+
+
+def test_store_is_bounded(nodes):
+    """Eight long runs (50 steps, 60 blocks of 40 heads) stay far below the 64 MB that architecture.md allows."""
+    import tracemalloc
+
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(8):
+            run = nodes.telemetry.runs.open(node="1", owner=object(), facts={}, sigmas=[1.0] * 51)
+            for step in range(50):
+                for layer in range(60):
+                    run.sparse(step, layer, 4096, torch.rand(1, 40), torch.zeros(1, 40), Clock(1.0))
+                run.end_step()
+            run.close()
+            nodes.telemetry.runs.add(run)
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] - before < 64 << 20
+    finally:
+        tracemalloc.stop()
+        nodes.telemetry.runs.closed.clear()
+
+
+def test_mixed_head_counts(run):
+    """Blocks with different numbers of heads (a UNet's levels) each keep their own; one cell that mixes them keeps the mean."""
+    run.sparse(0, 0, 256, heads(0.2, 0.4), heads(0.0, 0.0), Clock(1.0))
+    run.sparse(0, 1, 64, heads(0.1, 0.2, 0.3), heads(0.0, 0.0, 0.3), Clock(1.0))
+    run.sparse(0, 1, 64, heads(0.6, 0.4), heads(0.0, 0.0), Clock(1.0))
+    run.close()
+    first, second = run.to_dict()["cells"]
+    assert first["head_density"] == pytest.approx([0.2, 0.4])
+    assert second["head_density"] is None and second["density"] == pytest.approx(0.35) and second["pv_skipped"] == pytest.approx(0.05)
+    assert run.heads == 3
+
+
+def everything_in(root) -> list:
+    """Every object that can be reached from `root`: items, attributes, slots, closures, bound methods."""
+    seen, front = {}, [root]
+    while front:
+        item = front.pop()
+        if id(item) in seen or isinstance(item, type) or type(item).__name__ == "module":
+            continue
+        seen[id(item)] = item
+        if isinstance(item, dict):
+            front += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple | set | frozenset):
+            front += list(item)
+        elif not isinstance(item, str | bytes | np.ndarray | torch.Tensor):
+            front += list(getattr(item, "__dict__", {}).values())
+            front += [getattr(item, name) for name in getattr(type(item), "__slots__", ()) if hasattr(item, name)]
+            front += [cell.cell_contents for cell in getattr(item, "__closure__", None) or ()]
+            front += [getattr(item, "__self__", None)]
+    return list(seen.values())
+
+
+def test_a_closed_run_holds_no_tensors(nodes, tiny, patched):
+    """Not its own, and not those of other nodes: an earlier override's must be free when the user removes that node."""
+    model = tiny("wan_t2v")
+
+    def tensor_holder():
+        table = torch.zeros(1000)
+
+        def override(func, *args, **kwargs):
+            return func(*args, **kwargs) + table[0]
+
+        return override, weakref.ref(table)
+
+    override, table = tensor_holder()
+    base = model.patcher.clone()
+    base.model_options["transformer_options"]["optimized_attention_override"] = override
+    comfy_models.sample(model, patched(base))
+    run = nodes.telemetry.runs.closed[-1]
+    assert run.sparse_calls == 4
+    found = [x for x in everything_in(run) if isinstance(x, torch.Tensor)]
+    assert found == [], f"the run leads to {len(found)} tensors"
+    del override, base
+    gc.collect()
+    assert table() is None, "the store of runs keeps another node's tensors"
+
+
+def test_a_closed_run_lets_go_of_its_own_tensors(run):
+    density = torch.rand(1, 3)
+    held = weakref.ref(density)
+    run.sparse(0, 0, 256, density, torch.zeros(1, 3), Clock(1.0))
+    run.close()
+    del density
+    assert held() is None
+    assert not [x for x in everything_in(run) if isinstance(x, torch.Tensor | Clock)]
+
+
+def test_the_store_does_not_keep_models(nodes, comfy):
+    model = comfy_models.build("wan_t2v", latent=(1, 16, 1, 32, 32))
+    held = weakref.ref(model.patcher.model.diffusion_model)
+    comfy_models.sample(model, nodes.patch.install(model.patcher, nodes.patch.Settings(min_tokens=0)), steps=1)
+    assert nodes.telemetry.runs.closed[-1].sparse_calls
+    comfy.model_management.unload_all_models()
+    del model
+    gc.collect()
+    assert held() is None
+
+
+@pytest.mark.parametrize("family", ["hunyuan_video", "sdxl"])
+def test_numbers_are_the_kernels_own(nodes, tiny, patched, last_run, monkeypatch, family):
+    """Each cell says what the kernels returned for its calls: a batch's mean, by head; also where cdf and the judge make heads differ."""
+    model = tiny(family) if family != "sdxl" else tiny("sdxl", latent=(1, 4, 34, 38))
+    returned, real = [], nodes._kernels.attend
+
+    def attend(*args, **kwargs):
+        out, info = real(*args, **kwargs)
+        skipped = torch.rand_like(info.pv_skipped)  # the torch backend never skips: other numbers must come through too
+        returned.append((info.density.clone(), skipped.clone()))
+        return out, SimpleNamespace(density=info.density, pv_skipped=skipped)
+
+    monkeypatch.setattr(nodes._kernels, "attend", attend)
+    comfy_models.sample(model, patched(model, topk=0.25, cdfthreshd=0.6, simthreshd1=0.1), steps=2, cfg=3.0 if family == "sdxl" else 1.0)
+    run = last_run()
+    cells = run["cells"]
+    assert len(cells) == len(returned) == 2 * run["layers"] == run["totals"]["sparse_calls"]
+    assert any(density.std() > 0 for density, _ in returned), "heads do not differ: this test sees nothing"
+    for cell, (density, skipped) in zip(cells, returned, strict=True):
+        assert density.shape[0] == (2 if family == "sdxl" else 1)
+        assert cell["head_density"] == pytest.approx(density.mean(0).tolist(), abs=1e-5)
+        assert cell["density"] == pytest.approx(density.mean().item(), abs=1e-6)
+        assert cell["pv_skipped"] == pytest.approx(skipped.mean().item(), abs=1e-6)
+    assert run["totals"]["density"] == pytest.approx(sum(d.mean().item() for d, _ in returned) / len(returned), abs=1e-6)
+    json.dumps(run, allow_nan=False)
+
+
+def test_times_are_measured(nodes, tiny, patched, last_run):
+    model = tiny("wan_t2v")
+    comfy_models.sample(model, patched(model, end_percent=0.4), steps=4)
+    run = last_run()
+    totals = run["totals"]
+    assert totals["sparse_ms"] > 0 and totals["dense_ms"] > 0 and totals["seconds"] * 1e3 >= totals["sparse_ms"] + totals["dense_ms"]
+    assert totals["speedup"] is not None and math.isfinite(totals["speedup"])
+    for cell in run["cells"]:
+        assert (cell["sparse_ms"] > 0) == (cell["step"] < 2) and (cell["dense_ms"] > 0) == (cell["step"] >= 2)
+    json.dumps(run, allow_nan=False)
+
+
+def test_runs_for_reports(nodes):
+    """Each report node has seen its own; owners limit what is shown; nothing new shows the same again."""
+    runs = nodes.telemetry.runs
+    mine, other = object(), object()
+
+    def add(owner):
+        run = runs.open(node="1", owner=owner, facts={}, sigmas=[1.0, 0.0])
+        run.close()
+        runs.add(run)
+        return run
+
+    assert runs.for_report("a", []) == []
+    first, second = add(mine), add(other)
+    assert runs.for_report("a", []) == [first, second] == runs.for_report("a", [])
+    assert runs.for_report("b", [mine]) == [first] == runs.for_report("b", [mine])
+    third = add(mine)
+    assert runs.for_report("a", []) == [third] == runs.for_report("a", [])
+    assert runs.for_report("b", [mine]) == [third]
+    assert runs.for_report("b", [object()]) == []
+    for _ in range(9):
+        add(other)
+    assert runs.for_report("b", [mine]) == []  # forgotten: eight newer ones are kept
+    assert len(runs.for_report("a", [])) == 8
+    for i in range(200):
+        runs.for_report(f"report {i}", [])
+    assert len(runs._shown) <= 64
