@@ -54,9 +54,7 @@ def tensors(q: Tensor, k: Tensor, v: Tensor | None, layout: str) -> tuple[Tensor
     if v is not None and v.shape != k.shape:
         raise ValueError(f"v must have k's shape, got {_axes(k)} for k and {_axes(v)} for v; use one value row per key")
     if q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"the number of q heads must be a multiple of the k/v heads (GQA), got {q.shape[1]} and {k.shape[1]}; use dense attention or repeat k and v"
-        )
+        raise ValueError(f"the number of q heads must be a multiple of the k/v heads (GQA), got {q.shape[1]} and {k.shape[1]}; repeat k and v")
     return q, k, v
 
 
@@ -82,7 +80,9 @@ def number(name: str, value, low: float, high: float, heads: int, *, low_open: b
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number or a 1-D tensor of one value per head, got {value!r}")
-    if not ((value > low if low_open else value >= low) and value <= high and math.isfinite(value)):
+    if not (
+        (value > low if low_open else value >= low) and value <= high and value - value == 0
+    ):  # the last: not infinite; math.isfinite does not compile
         raise ValueError(f"{name} must be in {rule}, got {value!r}; {remedy}")
     return float(value)
 
@@ -102,7 +102,7 @@ def flag(name: str, value) -> bool:
 def scale(value, dim: int) -> float:
     if value is None:
         return dim**-0.5
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 and value - value == 0):
         raise ValueError(f"scale must be a finite number > 0, got {_got(value)}; leave it out for head_dim ** -0.5")
     return float(value)
 

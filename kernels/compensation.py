@@ -34,7 +34,7 @@ class SkippedState:
     covariance: Tensor
 
 
-def skipped_state(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, skipped: Tensor, scale: float) -> SkippedState:
+def skipped_state(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, skipped: Tensor, scale: float, shift: bool = True) -> SkippedState:
     """Pools the skipped blocks of one batch element.
 
     Parameters
@@ -47,6 +47,9 @@ def skipped_state(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, skippe
         Blocks that are wholly visible and were not kept.
     scale : float
         Softmax scale.
+    shift : bool
+        False leaves out the value shift, and with it the variance: for causal attention, where one covariance over all keys would show every
+        row its future.
     """
     n_k, s_k = skipped.shape[-1], k.shape[-2]
     pad = (0, 0, 0, n_k * BLOCK_K - s_k)
@@ -59,7 +62,10 @@ def skipped_state(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, skippe
     k_blocks = torch.nn.functional.pad(kf, pad).unflatten(-2, (n_k, BLOCK_K))
     v_blocks = torch.nn.functional.pad(vf, pad).unflatten(-2, (n_k, BLOCK_K))
     k_mean, k_square, v_mean = (k_blocks * share).sum(-2), (k_blocks.square() * share).sum(-2), (v_blocks * share).sum(-2)
-    covariance = ((vf * w[:, None]).mT @ kf - (v_mean * n).mT @ k_mean) / w.sum().clamp_min(1e-30)
+    if shift:
+        covariance = ((vf * w[:, None]).mT @ kf - (v_mean * n).mT @ k_mean) / w.sum().clamp_min(1e-30)
+    else:
+        covariance, k_square = kf.new_zeros(kf.shape[0], kf.shape[-1], kf.shape[-1]), k_mean.square()  # no variance without the shift
 
     n_q = skipped.shape[-2]
     rows = torch.full((n_q,), float(BLOCK_Q), device=q.device)

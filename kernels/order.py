@@ -103,8 +103,8 @@ def plan(kind: str, segments: Sequence) -> OrderPlan:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     checked = []
     for segment in segments:
-        numbers = (segment,) if isinstance(segment, int) else tuple(segment)
-        if len(numbers) not in (1, 3) or not all(isinstance(n, int) and n >= 1 for n in numbers):
+        numbers = tuple(segment) if isinstance(segment, Sequence) else (segment,)
+        if len(numbers) != (3 if isinstance(segment, Sequence) else 1) or not all(type(n) is int and n >= 1 for n in numbers):
             raise ValueError(f"segments must hold lengths >= 1 or (T, H, W) grids of sizes >= 1, got {segment!r}")
         checked.append(numbers if len(numbers) == 3 else numbers[0])
     if not checked:

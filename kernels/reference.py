@@ -70,7 +70,8 @@ def attention(
         if key_mask is not None:
             given = key_mask[b].cpu()
             bias = torch.where(given, 0.0, -math.inf).to(dtype) if given.dtype == torch.bool else given.to(dtype)
-            bias = torch.where(bias <= -1e4, -math.inf, bias)
+            limit = -1e4 if given.dtype == torch.bool else float(torch.tensor(-1e4, dtype=given.dtype))
+            bias = torch.where(bias <= limit, -math.inf, bias)
         seen = bias > -math.inf
         for h in range(heads):
             qh, kh, vh = q[b, h].cpu().to(dtype), k[b, h // group].cpu().to(dtype), v[b, h // group].cpu().to(dtype)

@@ -59,7 +59,7 @@ class Keys:
         if key_mask.dtype == torch.bool:
             return cls(key_mask, key_mask.float(), torch.zeros(key_mask.shape[0], device=key_mask.device))
         bias = key_mask.float()
-        valid = bias > MASKED_BIAS
+        valid = key_mask > torch.tensor(MASKED_BIAS, dtype=key_mask.dtype, device=key_mask.device)  # -1e4 itself is -9984 in bfloat16
         top = torch.where(valid, bias, -math.inf).amax(-1)
         top = torch.where(top > -math.inf, top, 0)
         return cls(valid, torch.where(valid, (bias - top[:, None]).exp(), 0), top)

@@ -6,6 +6,7 @@ Pure functions over a plain dict; standard library, numpy and Pillow only (image
 - `steps`, `layers`, `sigmas`: the axes and the frame titles;
 - `cells`: a list of `{"step", "layer", "sparse_calls", "dense_calls", "density", "head_density", "pv_skipped", "sparse_ms", "dense_ms", "reasons"}`,
   step, layer and head from 0, density 0..1 (kept / visible blocks), ms in milliseconds, reasons a dict of dense calls by reason;
+- `note`: a sentence that explains a run without any call;
 - `totals` and `reasons`: the same numbers for the whole run, with `seconds` and `speedup` (None where it was not measured).
 
 Any of them may be missing or None. On the pictures steps count from 1, as ComfyUI's progress bar does; layers and heads count from 0.
@@ -540,7 +541,7 @@ def heat_map(run: dict, size: tuple[int, int] | None = None) -> Image.Image:
         x_first=1,
         stats=stats,
         reasons=_dict(run.get("reasons")),
-        notice="" if cells.by_step else NO_CALL,
+        notice="" if cells.by_step else run.get("note") or NO_CALL,
         mixed_legend=cells.mixed,
     )
     return _picture(page, size)
@@ -611,7 +612,7 @@ def _step_picture(run: dict, cells: _Cells, step: int, size) -> Image.Image:
         x_first=0,
         stats=_stats(numbers),
         reasons=reasons,
-        notice="" if row else f"{NO_CALL} in this step" if cells.by_step else NO_CALL,
+        notice="" if row else f"{NO_CALL} in this step" if cells.by_step else run.get("note") or NO_CALL,
         progress=(step + 1, cells.steps) if cells.steps else (0, 1),
         reason_lines=3 if cells.reasons else 0,
         mixed_legend=cells.mixed,

@@ -70,6 +70,10 @@ class AttentionOverride:
         self.patch = patch
         self.previous = previous
 
+    def __deepcopy__(self, memo):
+        """ComfyUI copies model_options deeply with every clone of the model; the override, and what it leads to, is shared by all of them."""
+        return self
+
     @torch.compiler.disable
     def __call__(self, func, *args, **kwargs):
         request = Request.bind(*args, **kwargs)
@@ -83,7 +87,14 @@ class AttentionOverride:
         if isinstance(decision, Dense):
             timer = None if decision.layer is None else Timer(request.q.device)
             out = self._earlier(call, func, args, kwargs)
-            run.dense(call.run.step, decision.layer, request.s_q, decision.reason, None if timer is None else timer.stop())
+            run.dense(
+                call.run.step,
+                decision.layer,
+                request.s_q,
+                decision.reason,
+                None if timer is None else timer.stop(),
+                plain=call.adopted is self.previous is None,
+            )
             return out
         q, k, v, layout = request.views()
         timer = Timer(q.device)

@@ -110,15 +110,23 @@ def check(values: dict) -> str | None:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
-            return f"{name} must be {low:g} to {high:g}, got {value!r}; {remedy}"
+            return f"{name} must be {low:.10g} to {high:.10g}, got {value!r}; {remedy}"
+    if isinstance(values.get("min_tokens"), float):
+        return f"min_tokens must be a whole number, got {values['min_tokens']!r}; round it"
+    for name in ("compensate", "protect_references"):
+        if not isinstance(values.get(name, False), bool):
+            return f"{name} must be true or false, got {values[name]!r}; connect a boolean"
     for name, choices in (("token_order", TOKEN_ORDERS), ("backend", BACKENDS)):
         if values.get(name) is not None and values[name] not in choices:
             return f"{name} must be one of {', '.join(choices)}, got {values[name]!r}"
     start, end = values.get("start_percent"), values.get("end_percent")
     if start is not None and end is not None and start > end:
         return f"start_percent must not be above end_percent, got {start:g} and {end:g}; swap them"
+    blocks = values.get("dense_blocks") or ""
+    if not isinstance(blocks, str):
+        return f"dense_blocks must be text such as '0, 3-5, -1', got {blocks!r}; convert it to a string"
     try:
-        parse_blocks(values.get("dense_blocks") or "")
+        parse_blocks(blocks)
     except ValueError as error:
         return str(error)
     return None

@@ -14,7 +14,7 @@ from .telemetry import runs
 
 DATA_TOOLTIP = "The sampler's latent or the decoded images; passed through. It makes the report wait for the sampler."
 FRAME_SIZE = (960, 720)  # an IMAGE frame of this size takes 8 MB
-MAX_FRAMES = 100  # of one run; longer runs show every second, third, ... step
+MAX_FRAMES = 100  # of all runs shown; longer runs show every second, third, ... step
 
 
 class SpargeReport(io.ComfyNode):
@@ -50,10 +50,10 @@ class SpargeReport(io.ComfyNode):
     @classmethod
     def execute(cls, model, data) -> io.NodeOutput:
         node = str(cls.hidden.unique_id) if cls.hidden is not None else "script"
-        shown = [run.to_dict() for run in runs.for_report(node, patches_of(model))] or [EMPTY_RUN]
+        shown = [run.to_dict() for run in runs.for_report(node, [patch.key for patch in patches_of(model)])] or [EMPTY_RUN]
         text = json.dumps({"version": 1, "runs": shown}, indent=1)
         maps = [draw.heat_map(run) for run in shown]
-        frames = [frame for run in shown for frame in step_frames(run)]
+        frames = [frame for run in shown for frame in step_frames(run, max(1, MAX_FRAMES // len(shown)))]
         files = save(frames, text) if shown[0] is not EMPTY_RUN else []
         heat_map = batch(maps)
         preview = ui.PreviewImage(heat_map, cls=cls).as_dict()
@@ -63,9 +63,9 @@ class SpargeReport(io.ComfyNode):
 EMPTY_RUN = {"version": 1, "steps": 0, "layers": 0, "cells": [], "reasons": {}, "totals": {}, "note": "no run since the last report"}
 
 
-def step_frames(run: dict) -> list:
-    """One picture a step, evenly thinned to MAX_FRAMES."""
-    every = -(-max(1, run["steps"]) // MAX_FRAMES)
+def step_frames(run: dict, most: int = MAX_FRAMES) -> list:
+    """One picture a step, evenly thinned to `most`."""
+    every = -(-max(1, run["steps"]) // most)
     return [draw.step_frame(run, step, FRAME_SIZE) for step in range(0, max(1, run["steps"]), every)]
 
 

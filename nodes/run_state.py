@@ -36,14 +36,9 @@ class Patch:
         """Wrapper around one sampler call."""
         state = RunState(self, executor.class_obj.model_patcher, [float(s) for s in sigmas])
 
-        def step_done(step, *rest):
-            state.end_step(step)
-            if callback is not None:
-                return callback(step, *rest)
-
         self.runs.append(state)
         try:
-            return executor(noise, latent_image, sampler, sigmas, denoise_mask, step_done, *args, **kwargs)
+            return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
         finally:
             self.runs.remove(state)
             state.close()
@@ -52,6 +47,7 @@ class Patch:
         """Wrapper around one model call: makes the context that the override reads, and puts the override back on top where it was replaced."""
         options = dict(transformer_options or {})
         if self.run is not None:
+            self.run.at(options.get("sigmas", t))
             model = _comfy.diffusion_model(executor.class_obj)
             shape = _latent_shape(x, conds)
             context = 0 if c_crossattn is None else c_crossattn.shape[1]
@@ -77,12 +73,17 @@ def _latent_shape(x, conds) -> tuple[int, ...]:
 
 
 class RunState:
-    """One sampler call: host-side step counter, window, and the telemetry it fills."""
+    """One sampler call: where in the schedule it is, and the telemetry it fills.
+
+    The sigma of a model call says its step. It is read from the device once a model call (not once an attention call): samplers that evaluate
+    the model between two steps, or call back in the middle of one, leave nothing else to go by.
+    """
 
     def __init__(self, patch: Patch, patcher, sigmas: list[float]):
         self.patch = patch
         self.settings = patch.settings
         self.step = 0
+        self.sigma = sigmas[0] if sigmas else 0.0
         self.sigmas = sigmas
         self.start_sigma = _comfy.percent_to_sigma(patcher, self.settings.start_percent)
         self.end_sigma = _comfy.percent_to_sigma(patcher, self.settings.end_percent)
@@ -90,7 +91,7 @@ class RunState:
         self.family = geometry.family_of(model)
         device = getattr(patcher, "load_device", None)
         self.telemetry = telemetry.runs.open(
-            node=str(patch.node), owner=patch, sigmas=sigmas,
+            node=str(patch.node), owner=patch.key, sigmas=sigmas,
             facts={
                 "model": type(getattr(model, "_orig_mod", model)).__name__,
                 "family": self.family.name if self.family else None,
@@ -105,11 +106,6 @@ class RunState:
         return max(1, len(self.sigmas) - 1)
 
     @property
-    def sigma(self) -> float:
-        """Sigma at the start of this step."""
-        return self.sigmas[min(self.step, len(self.sigmas) - 1)] if self.sigmas else 0.0
-
-    @property
     def percent(self) -> float:
         """How much of this run's schedule is done, 0..1."""
         return min(1.0, self.step / self.steps)
@@ -117,10 +113,14 @@ class RunState:
     def in_window(self) -> bool:
         return self.end_sigma < self.sigma <= self.start_sigma
 
-    def end_step(self, step: int) -> None:
-        """The sampler has finished `step` (its own count, from 0)."""
-        self.step = int(step) + 1
-        self.telemetry.end_step()
+    def at(self, sigma) -> None:
+        """A model call at `sigma` (number, or tensor with a value per batch element): the last step that starts at it or above."""
+        self.sigma = float(sigma.max())
+        near = 1e-3 * max(self.sigmas, default=0.0)  # some samplers move the first and last sigma by a little
+        step = max((i for i, start in enumerate(self.sigmas[:-1]) if start >= self.sigma - near), default=0)
+        if step != self.step:
+            self.telemetry.end_step()
+        self.step = step
 
     def close(self) -> None:
         self.telemetry.close()
@@ -187,7 +187,7 @@ def leads_to(override, ours) -> bool:
 
 def _held_by(item) -> list:
     held = [content for cell in getattr(item, "__closure__", None) or () for content in _contents(cell)]
-    held += list(getattr(item, "__defaults__", None) or ())
+    held += [*(getattr(item, "__defaults__", None) or ()), *(getattr(item, "__kwdefaults__", None) or {}).values()]
     held += [getattr(item, "func", None), *getattr(item, "args", ())] if type(item).__name__ == "partial" else []
     owner = getattr(item, "__self__", item)
     held += list(getattr(owner, "__dict__", {}).values())

@@ -81,15 +81,16 @@ class _Pending:
     timer: Timer
     density: torch.Tensor | None = None
     pv_skipped: torch.Tensor | None = None
+    plain: bool = True
 
 
 class Run:
     """One sampler run of one patched model."""
 
-    def __init__(self, number: int, *, node: str, owner: object, facts: dict, sigmas: list[float]):
+    def __init__(self, number: int, *, node: str, owner: str, facts: dict, sigmas: list[float]):
         self.number = number
         self.node = node
-        self.owner = owner  # whose runs these are: the identity of the patch, never read
+        self.owner = owner  # the key of the patch whose run this is
         self.facts = facts
         self.sigmas = sigmas
         self.cells: dict[tuple[int, int], Cell] = {}
@@ -110,8 +111,11 @@ class Run:
         self.calls += 1
         self._pending.append(_Pending(step, layer, tokens, timer, density, pv_skipped))
 
-    def dense(self, step: int, layer: int | None, tokens: int, reason: str, timer: Timer | None) -> None:
-        """Records a dense call; only calls of a numbered layer have a timer and a cell."""
+    def dense(self, step: int, layer: int | None, tokens: int, reason: str, timer: Timer | None, plain: bool = True) -> None:
+        """Records a dense call; only calls of a numbered layer have a timer and a cell.
+
+        `plain`: ComfyUI's own attention ran, not another node's; only such calls are what `speedup` compares with.
+        """
         self.calls += 1
         if len(self.reasons) >= MAX_REASONS and reason not in self.reasons:
             reason = "other reasons"
@@ -120,7 +124,7 @@ class Run:
             cell = self.cells.setdefault((step, layer), Cell())
             cell.dense_calls += 1
             cell.reasons[reason] += 1
-            self._pending.append(_Pending(step, layer, tokens, timer))
+            self._pending.append(_Pending(step, layer, tokens, timer, plain=plain))
 
     def end_step(self) -> None:
         """Sends what the step left on the device to the host and takes in what an earlier step sent."""
@@ -159,7 +163,8 @@ class Run:
         for p in pending:
             cell = self.cells.setdefault((p.step, p.layer), Cell())
             ms = p.timer.milliseconds()
-            self._ms_by_tokens.setdefault((p.tokens, p.density is not None), []).append(ms)
+            if p.plain:
+                self._ms_by_tokens.setdefault((p.tokens, p.density is not None), []).append(ms)
             self.tokens = max(self.tokens, p.tokens)
             if p.density is None:
                 cell.dense_ms += ms
@@ -258,7 +263,7 @@ class Runs:
     def add(self, run: Run) -> None:
         self.closed.append(run)
 
-    def for_report(self, report: str, owners: list) -> list[Run]:
+    def for_report(self, report: str, owners: list[str]) -> list[Run]:
         """The runs since `report` last asked; when there is none, the ones it showed before.
 
         `owners` limits them to the runs of these patches; empty: all runs.

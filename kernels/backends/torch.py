@@ -4,7 +4,8 @@ For one head at a time the kept key and value blocks of a few query blocks are c
 attention. Exact: nothing is quantised, and with every block kept the call is dense attention itself.
 
 Memory beyond the output, with S_q = S_k: three contiguous heads and two gathered ones, fp32 copies of a few heads during selection, and the block
-maps. That is at most 8 times the bytes of q for a single head; for 16 heads or more, the bytes of q and 32 MB. Nothing of the size S_q x S_k.
+maps. That is at most 8 times the bytes of q for a single head; for 16 heads or more, the bytes of q and 32 MB;
+`compensate` adds up to 6 fp32 copies of one head. Nothing of the size S_q x S_k.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def attend(call, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, keys: selection.
                     skipped = skipped & ~partial
                 weight, top = (None, 0.0) if plan_keys is None else (plan_keys.weight[b], plan_keys.top[b])
                 head_centre = None if centre is None else centre[b, h // group]
-                o, l = _compensate(q_head, k_head, v_head, o, l, skipped, weight, top, head_centre, call.scale)
+                o, l = _compensate(q_head, k_head, v_head, o, l, skipped, weight, top, head_centre, call)
             if call.perm is None:
                 out[b, h] = o
                 if call.want_lse:
@@ -216,10 +217,11 @@ def dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, wa
     return out, lse
 
 
-def _compensate(q, k, v, out, lse, skipped, weight, top, centre, scale):
+def _compensate(q, k, v, out, lse, skipped, weight, top, centre, call):
     """Merges the pooled state, which is relative to the centred K and to the largest key bias `top`, with lse of the true scores."""
     centred = k.float() if centre is None else k.float() - centre
+    scale = call.scale
     frame = top if centre is None else top + scale * (q.float() @ centre[0])
-    state = compensation.skipped_state(q[None], centred[None], v[None], weight, skipped[None], scale)
+    state = compensation.skipped_state(q[None], centred[None], v[None], weight, skipped[None], scale, shift=not call.causal)
     o, l = compensation.merge(out[None].float(), (lse - frame)[None], q[None], state, scale)
     return o[0].to(out.dtype), l[0] + frame

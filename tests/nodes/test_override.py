@@ -676,7 +676,7 @@ def test_two_nodes_with_different_windows(nodes, tiny, patched, computed, cloned
     """The last node decides first; what it declines the first node may take."""
     model = tiny("wan_t2v")
     patcher = patched(patched(model, end_percent=0.4), start_percent=0.4, topk=0.5)
-    first, second = nodes.patch.patches_of(patcher)
+    first, second = (patch.key for patch in nodes.patch.patches_of(patcher))
     computed.clear()
     comfy_models.sample(model, patcher.clone() if cloned else patcher, steps=4)
     runs = {run.owner: run.to_dict() for run in nodes.telemetry.runs.closed}

@@ -113,7 +113,7 @@ def test_two_runs(nodes, tiny, patched, last_run):
         assert last_run()["totals"]["sparse_calls"] == 4 and sparse_at(last_run()) == {0: 1, 1: 1}
     assert len(nodes.telemetry.runs.closed) == 2
     (patch,) = nodes.patch.patches_of(patcher)
-    assert patch.runs == [] and all(run.owner is patch for run in nodes.telemetry.runs.closed)
+    assert patch.runs == [] and all(run.owner == patch.key for run in nodes.telemetry.runs.closed)
 
 
 def test_the_last_eight_are_kept(nodes, tiny, patched):
