@@ -97,7 +97,8 @@ KINDS = {
 
 @pytest.mark.parametrize("size, kind", [(s, k) for s in SIZES for k in KINDS if "1 head" in s or k in ("sparse", "lse", "mask", "order", "judge")])
 def test_memory_beyond_the_output(rand, profile, size, kind):
-    """The module docstring: at most 8 times the bytes of q for one head (6 fp32 copies of it more with `compensate`), the bytes of q (and 32 MB) for 16 heads or more; never S_q x S_k.
+    """The module docstring: at most 8 times the bytes of q for one head (and 6 fp32 copies of it with `compensate`); the bytes of q, and 32 MB, for
+    16 heads or more; never S_q x S_k.
 
     The 32 MB are for small calls: these sizes do without them, and granting them here would hide fp32 copies of every head.
     """
