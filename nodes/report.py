@@ -7,7 +7,7 @@ import json
 import numpy as np
 import torch
 
-from . import _comfy, draw
+from . import _comfy, animation, draw
 from ._comfy import io, ui
 from .patch import patches_of
 from .telemetry import runs
@@ -72,7 +72,7 @@ def step_frames(run: dict, most: int = MAX_FRAMES) -> list:
 def save(frames: list, text: str) -> list[dict]:
     """Writes the animation (GIF and MP4) and the numbers to the output folder; returns how the browser finds them."""
     files = []
-    for extension, write in (("gif", draw.write_gif), ("mp4", draw.write_mp4), ("json", None)):
+    for extension, write in (("gif", animation.write_gif), ("mp4", animation.write_mp4), ("json", None)):
         path, entry = _comfy.output_path("sparge_report", extension)
         if write is None:
             with open(path, "w", encoding="utf-8") as file:
@@ -89,5 +89,5 @@ def batch(images: list) -> torch.Tensor:
     paper = np.asarray(draw.PAPER, dtype=np.float32) / 255
     sheet = np.tile(paper, (len(images), height, width, 1))
     for target, image in zip(sheet, images, strict=True):
-        target[: image.height, : image.width] = draw.to_array(image)
+        target[: image.height, : image.width] = animation.to_array(image)
     return torch.from_numpy(sheet)

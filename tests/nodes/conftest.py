@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-MODULES = ("_comfy", "_kernels", "draw", "geometry", "override", "patch", "reasons", "report", "run_state", "telemetry")
+MODULES = ("_comfy", "_kernels", "animation", "draw", "geometry", "override", "patch", "reasons", "report", "run_state", "telemetry")
 KEY = "optimized_attention_override"
 SMALL = {"wan_t2v": (1, 16, 1, 32, 32), "qwen_image": (1, 16, 1, 32, 32), "hunyuan_video": (1, 16, 1, 32, 32)}  # 256 tokens of picture
 

@@ -1,14 +1,12 @@
-"""The pictures of a run: colours, patterns, bounds, sizes, damaged data, and the animation files read back."""
+"""The pictures of a run: colours, patterns, bounds, sizes and damaged data."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import math
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -372,90 +370,3 @@ def test_bitmap_font_when_the_scalable_one_fails(draw, run, monkeypatch):
             assert inside(draw, draw.heat_map(run, size)) and inside(draw, draw.step_frame(run, 0, size))
     finally:
         draw._font.cache_clear()
-
-
-def test_heat_map_time(draw):
-    run = make_run(50, 60, 24)
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        draw.heat_map(run)
-        times.append(time.perf_counter() - begin)
-    assert min(times) < 1.0, times
-
-
-def test_to_array(draw):
-    image = Image.new("RGB", (3, 2), (255, 0, 51))
-    array = draw.to_array(image)
-    assert array.shape == (2, 3, 3) and array.dtype == np.float32
-    np.testing.assert_allclose(array[1, 2], [1.0, 0.0, 0.2], rtol=0, atol=1e-7)
-    assert draw.to_array(Image.new("L", (3, 2), 255)).shape == (2, 3, 3)
-    picture = draw.heat_map(make_run(4, 5, 2))
-    assert (np.rint(draw.to_array(picture) * 255).astype(np.uint8) == np.asarray(picture)).all()
-
-
-def test_gif_read_back(draw, tmp_path):
-    iio = pytest.importorskip("imageio.v3")
-    images = draw.frames(make_run(5, 7, 3), (640, 480))
-    colours = len(images[1].getcolors(maxcolors=1 << 20))
-    assert colours > 512  # more than a GIF frame holds
-    draw.write_gif(images, tmp_path / "run.gif", fps=4.0)
-    read = iio.imread(tmp_path / "run.gif", index=None, plugin="pillow", mode="RGB")
-    assert read.shape == (5, 480, 640, 3)
-    for frame, image in zip(read, images, strict=True):
-        assert np.abs(frame.astype(int) - np.asarray(image)).max() <= 24  # in the legend too: median cut is 100 and more off in its yellow
-    with Image.open(tmp_path / "run.gif") as file:
-        assert file.info["loop"] == 0 and file.info["duration"] == 250 and file.n_frames == 5
-    assert os.listdir(tmp_path) == ["run.gif"]
-
-
-@pytest.mark.parametrize("size", [(640, 480), (641, 481)], ids=str)
-def test_mp4_read_back(draw, tmp_path, size):
-    av = pytest.importorskip("av")
-    pytest.importorskip("imageio.v3")
-    images = [image.resize(size) for image in draw.frames(make_run(5, 7, 3), (640, 480))]
-    draw.write_mp4(iter(images), str(tmp_path / "run.mp4"), fps=2)
-    with av.open(str(tmp_path / "run.mp4")) as file:
-        stream = file.streams.video[0]
-        assert (stream.codec_context.name, stream.codec_context.pix_fmt, float(stream.average_rate)) == ("h264", "yuv420p", 2.0)
-        read = [frame.to_ndarray(format="rgb24") for frame in file.decode(stream)]
-    even = (size[1] + size[1] % 2, size[0] + size[0] % 2, 3)
-    assert len(read) == 5 and all(frame.shape == even for frame in read)
-    for frame, image in zip(read, images, strict=True):
-        assert np.abs(frame[: size[1], : size[0]].astype(int) - np.asarray(image)).mean() < 6
-    assert os.listdir(tmp_path) == ["run.mp4"]
-
-
-@pytest.mark.parametrize("kind", ["gif", "mp4"])
-def test_failed_write_leaves_the_folder_as_it_was(draw, tmp_path, kind, monkeypatch):
-    pytest.importorskip("av" if kind == "mp4" else "imageio.v3")
-    write, path = getattr(draw, f"write_{kind}"), tmp_path / f"run.{kind}"
-    path.write_bytes(b"older")
-    images = [Image.new("RGB", (64, 48), (i, 0, 0)) for i in range(3)]
-
-    def check(error, words, values, **options):
-        with pytest.raises(error, match=words):
-            write(values, path, **options)
-        assert os.listdir(tmp_path) == [path.name] and path.read_bytes() == b"older"
-
-    def broken():
-        yield images[0]
-        raise RuntimeError("drawing failed")
-
-    check(ValueError, "at least one image", [])
-    check(ValueError, r"images must have one size, got \(32, 48\) for image 2 after \(64, 48\)", [*images[:2], Image.new("RGB", (32, 48))])
-    check(RuntimeError, "drawing failed", broken())
-    for fps in (0, -1, math.nan, math.inf, 61, "2", None):
-        check(ValueError, "fps must be 0.01..60", images, fps=fps)
-    with pytest.raises(FileNotFoundError):
-        write(images, tmp_path / "no folder" / path.name)
-
-    def refuse(source, target):
-        assert Path(source).parent == tmp_path and Path(source).stat().st_size > 0  # written whole, beside the target
-        raise OSError("disk is gone")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", refuse)
-        check(OSError, "disk is gone", images)
-    write(images, path)
-    assert os.listdir(tmp_path) == [path.name] and path.read_bytes() != b"older"

@@ -115,7 +115,7 @@ def test_no_run(nodes, tiny, patched, report, folders):
 
 
 def says_more_than_without_its_note(nodes, run, heat_map) -> bool:
-    blank = nodes.draw.to_array(nodes.draw.heat_map({**run, "note": None}))
+    blank = nodes.animation.to_array(nodes.draw.heat_map({**run, "note": None}))
     return blank.shape != heat_map[0].shape or not np.array_equal(blank, heat_map[0].numpy())
 
 
