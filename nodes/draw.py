@@ -473,6 +473,8 @@ def _details(run: dict, *, title: bool) -> list[str]:
     parts += [f"{_count(run[key]):,} {key if _count(run[key]) > 1 else key[:-1]}" for key in ("tokens", "heads") if _count(run.get(key))]
     parts += [f"{key} {_plain(run[key], 60)}" for key in ("backend", "device", "run") if run.get(key) is not None]
     for name, value in _dict(run.get("settings")).items():
+        if value == "":
+            continue
         number = _number(value)
         shown = "on" if value is True else "off" if value is False else _plain(value, 60) if number is None else f"{number:g}"
         parts.append(f"{_plain(name, 60)} {shown}")

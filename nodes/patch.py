@@ -80,7 +80,7 @@ class Settings:
     def shown(self) -> dict:
         """The plain values, for reports."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("policy", "block_mask")}
-        return plain | {"dense_blocks": ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in self.dense_blocks) or "none"}
+        return plain | {"dense_blocks": ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in self.dense_blocks)}
 
 
 def parse_blocks(text: str) -> tuple[tuple[int, int], ...]:
