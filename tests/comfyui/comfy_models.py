@@ -208,7 +208,7 @@ _TABLE: dict[str, _Family] = {
     "cogvideox": _Family("CogVideoX", dict(image_model="cogvideox", num_attention_heads=2, attention_head_dim=64, in_channels=16,
                                            out_channels=16, time_embed_dim=64, text_embed_dim=64, num_layers=2,
                                            use_rotary_positional_embeddings=True, max_text_seq_length=16),
-                         _VIDEO, 64, prompt=16, layers=("num_layers",), cfg=3.0),
+                         _VIDEO, 64, prompt=16, layers=("num_layers",), cfg=3.0, gain=1.25),
     "kandinsky5": _Family("Kandinsky5", dict(image_model="kandinsky5", in_visual_dim=16, out_visual_dim=16, in_text_dim=64, in_text_dim2=64,
                                              time_dim=32, model_dim=128, ff_dim=128, visual_embed_dim=132, num_text_blocks=1,
                                              num_visual_blocks=2, axes_dims=tuple(_AXES)),

@@ -28,6 +28,7 @@ UNNUMBERED = {
     "ltxv": {PROMPT.format(16): 2},  # with its padding, which is masked
     "cosmos1": {PROMPT.format(7): 2},
     "cosmos_predict2": {PROMPT.format(7): 2},
+    "kandinsky5": {PROMPT.format(7): 2, TEXT_REFINER.format(7): 1},
     "sd15": {PROMPT.format(77): 7},
     "sdxl": {PROMPT.format(77): 7},
     "hunyuan_video": {TEXT_REFINER.format(7): 2},
