@@ -47,7 +47,8 @@ class Patch:
         """Wrapper around one model call: makes the context that the override reads, and puts the override back on top where it was replaced."""
         options = dict(transformer_options or {})
         if self.run is not None:
-            self.run.at(options.get("sigmas", t))
+            sigma = options.get("sigmas")
+            self.run.at(t if sigma is None else sigma)
             model = _comfy.diffusion_model(executor.class_obj)
             shape = _latent_shape(x, conds)
             context = 0 if c_crossattn is None else c_crossattn.shape[1]
