@@ -204,6 +204,9 @@ def merge_lse(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, lay
     out in out_a's dtype, lse fp32
     """
     checks.choice("layout", layout, ("HND", "NHD"))
+    for name, x in {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {x!r}; pass what a call with return_lse=True returned")
     rows = out_a.shape[:3] if layout == "HND" else (out_a.shape[0], out_a.shape[2], out_a.shape[1])
     if out_a.dim() != 4 or out_a.shape != out_b.shape or lse_a.shape != rows or lse_b.shape != rows:
         raise ValueError(

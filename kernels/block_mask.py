@@ -98,7 +98,7 @@ class BlockMask:
     @staticmethod
     def sliding_window(s_q: int, s_k: int, window: int) -> BlockMask:
         """Keeps a block when some query i and key j in it have |i - j| <= `window` (tokens, >= 0)."""
-        if window < 0:
+        if not window >= 0:
             raise ValueError(f"window must be >= 0 tokens, got {window}; 0 keeps the diagonal")
         q_lo, q_hi = _block_ranges(s_q, BLOCK_Q)
         k_lo, k_hi = _block_ranges(s_k, BLOCK_K)
@@ -110,8 +110,8 @@ class BlockMask:
         """Keeps every block that a token range [start, end) touches, as keys (whole columns) and as queries (whole rows)."""
         kept = torch.zeros(num_blocks(s_q, BLOCK_Q), num_blocks(s_k, BLOCK_K), dtype=torch.bool)
         for start, end in ranges:
-            if not 0 <= start < end:
-                raise ValueError(f"ranges must hold 0 <= start < end, got ({start}, {end})")
+            if not 0 <= start < end <= max(s_q, s_k):
+                raise ValueError(f"ranges must hold 0 <= start < end <= {max(s_q, s_k)} (tokens), got ({start}, {end}); use token indices")
             kept[:, start // BLOCK_K : num_blocks(end, BLOCK_K)] = True
             kept[start // BLOCK_Q : num_blocks(end, BLOCK_Q)] = True
         return BlockMask.from_dense(kept)

@@ -14,6 +14,7 @@ from .order import OrderPlan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+LARGEST = 1e38  # of a number that is to be finite in fp32; math.isfinite does not go through torch.compile
 
 
 def _got(value) -> str:
@@ -80,9 +81,7 @@ def number(name: str, value, low: float, high: float, heads: int, *, low_open: b
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number or a 1-D tensor of one value per head, got {value!r}")
-    if not (
-        (value > low if low_open else value >= low) and value <= high and value - value == 0
-    ):  # the last: not infinite; math.isfinite does not compile
+    if not ((value > low if low_open else value >= low) and value <= min(high, LARGEST)):
         raise ValueError(f"{name} must be in {rule}, got {value!r}; {remedy}")
     return float(value)
 
@@ -102,7 +101,7 @@ def flag(name: str, value) -> bool:
 def scale(value, dim: int) -> float:
     if value is None:
         return dim**-0.5
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (value > 0 and value - value == 0):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST:
         raise ValueError(f"scale must be a finite number > 0, got {_got(value)}; leave it out for head_dim ** -0.5")
     return float(value)
 
@@ -110,6 +109,8 @@ def scale(value, dim: int) -> float:
 def causal_offset(causal: bool, value) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"causal_offset must be an int (query i sees keys j <= i + causal_offset), got {value!r}")
+    if abs(value) >= 1 << 40:
+        raise ValueError(f"causal_offset must lie within +-2**40 tokens, got {value}; leave causal out to see every key")
     if value and not causal:
         raise ValueError(f"causal_offset must be 0 without causal=True, got {value}; set causal=True or leave it out")
     return value

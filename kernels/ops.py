@@ -71,7 +71,7 @@ def _attend(q, k, v, block_map, topk, cdf, sim, score, topk_heads, cdf_heads, si
         kept, visible = _visible_part(call, q, k, block_map, keys)
     bias = None
     if key_mask is not None:
-        bias = torch.where(keys.valid, 0.0 if key_mask.dtype == torch.bool else key_mask.float(), -math.inf)
+        bias = torch.where(keys.valid, 0.0 if key_mask.dtype == torch.bool else key_mask.float() - keys.top[:, None], -math.inf)
     out, lse, pv_skipped = chosen.attend(call, q, k, v, kept, keys, bias)
     return out, lse, kept, visible, pv_skipped
 

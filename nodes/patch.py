@@ -183,12 +183,20 @@ class SpargeAttention(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, topk=None, pvthreshd=None, start_percent=None, end_percent=None, dense_blocks=None, min_tokens=None, simthreshd1=None,
-                        cdfthreshd=None, token_order=None, backend=None) -> bool | str:  # fmt: skip
-        return check(locals()) or True
+    def validate_inputs(cls, dense_blocks=None) -> bool | str:
+        """Only what ComfyUI cannot check by itself: it repeats the answer for every input named here, and drops its own checks of them."""
+        return check({"dense_blocks": dense_blocks}) or True
 
     @classmethod
     def execute(cls, model, dense_blocks="", **values) -> io.NodeOutput:
+        absent = [name for name, value in values.items() if value is None and name not in ("policy", "block_mask")]
+        if absent:
+            raise ValueError(f"{absent[0]} must have a value, got None; set it on the node or connect it")
+        for name, method in (("policy", "topk"), ("block_mask", "build")):
+            if values.get(name) is not None and not hasattr(values[name], method):
+                raise ValueError(f"{name} must come from a node that makes one, got {values[name]!r}; connect such a node or leave it out")
+        if not hasattr(model, "model_options"):
+            raise ValueError(f"model must be a ComfyUI model, got {model!r}; connect a loader's MODEL output")
         wrong = check(values | {"dense_blocks": dense_blocks})
         if wrong is not None:
             raise ValueError(wrong)

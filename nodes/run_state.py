@@ -39,6 +39,9 @@ class Patch:
         self.runs.append(state)
         try:
             return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
+        except BaseException as error:
+            state.telemetry.note = reasons.ENDED_EARLY.format(error=type(error).__name__)
+            raise
         finally:
             self.runs.remove(state)
             state.close()
@@ -118,14 +121,18 @@ class RunState:
         """A model call at `sigma` (number, or tensor with a value per batch element): the last step that starts at it or above."""
         self.sigma = float(sigma.max())
         near = 1e-3 * max(self.sigmas, default=0.0)  # some samplers move the first and last sigma by a little
-        step = max((i for i, start in enumerate(self.sigmas[:-1]) if start >= self.sigma - near), default=0)
+        falling = not self.sigmas or self.sigmas[0] >= self.sigmas[-1]  # "unsampling" schedules rise
+        begun = (start >= self.sigma - near if falling else start <= self.sigma + near for start in self.sigmas[:-1])
+        step = max((i for i, has_begun in enumerate(begun) if has_begun), default=0)
         if step != self.step:
             self.telemetry.end_step()
         self.step = step
 
     def close(self) -> None:
         self.telemetry.close()
-        if self.family is not None and self.family.parts is None:
+        if self.telemetry.note is not None:
+            pass  # it ended early, which says nothing about who answers the model's calls
+        elif self.family is not None and self.family.parts is None:
             self.telemetry.note = reasons.NEVER_ROUTED.format(family=self.family.name)
         elif self.telemetry.calls == 0 and self.sigmas:
             self.telemetry.note = reasons.NOTHING_SEEN

@@ -238,14 +238,17 @@ class Run:
     def summary(self) -> str:
         """One line for the log and the node."""
         totals = self.to_dict()["totals"]
-        if self.note:
+        if self.note and not totals["sparse_calls"]:
             return self.note
         dense = ", ".join(f"{n} x {reason}" for reason, n in self.reasons.most_common(4))
         if not totals["sparse_calls"]:
             return f"nothing ran sparse; dense: {dense or 'no attention call was seen'}"
-        faster = f", {totals['speedup']:.2f}x faster than dense a call (measured)" if totals["speedup"] else ""
+        faster, ratio = "", totals["speedup"]
+        if ratio:
+            told = f"{ratio:.2f}x faster than dense" if ratio >= 1 else f"{1 / ratio:.2f}x slower than dense: raise min_tokens"
+            faster = f", {told} (a call, measured)"
         text = f"{totals['sparse_calls']} calls sparse, density {totals['density']:.2f}, {totals['sparse_ms']:.0f} ms{faster}"
-        return f"{text}; dense: {dense}" if dense else text
+        return "; ".join(part for part in (self.note, text, f"dense: {dense}" if dense else "") if part)
 
 
 class Runs:
@@ -269,13 +272,14 @@ class Runs:
         `owners` limits them to the runs of these patches; empty: all runs.
         """
         first, last = self._shown.get(report, (0, 0))
-        chosen = [r for r in self.closed if r.number > last and (not owners or r.owner in owners)]
+        known = sorted((r for r in self.closed if not owners or r.owner in owners), key=lambda r: r.number)  # an inner run closes first
+        chosen = [r for r in known if r.number > last]
         if chosen:
             if len(self._shown) >= 64 and report not in self._shown:
                 self._shown.pop(next(iter(self._shown)))
             self._shown[report] = (chosen[0].number, chosen[-1].number)
             return chosen
-        return [r for r in self.closed if first <= r.number <= last and (not owners or r.owner in owners)]
+        return [r for r in known if first <= r.number <= last]
 
 
 runs = Runs()

@@ -53,7 +53,7 @@ def attend(call, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, keys: selection.
     kept : bool (B, H, N_q, N_k)
         In plan order; blocks outside what is visible are dropped here.
     keys, bias
-        The key mask, as `Keys` and as additive fp32 (B, S_k) with -inf for masked keys; None without a mask.
+        The key mask, as `Keys` and as additive fp32 (B, S_k) with -inf for masked keys, relative to `keys.top`; None without a mask.
 
     Returns
     -------
@@ -83,9 +83,11 @@ def attend(call, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, keys: selection.
                 skipped = visible[b % visible.shape[0]] & ~kept[b, h]
                 if partial is not None:
                     skipped = skipped & ~partial
-                weight, top = (None, 0.0) if plan_keys is None else (plan_keys.weight[b], plan_keys.top[b])
+                weight = None if plan_keys is None else plan_keys.weight[b]
                 head_centre = None if centre is None else centre[b, h // group]
-                o, l = _compensate(q_head, k_head, v_head, o, l, skipped, weight, top, head_centre, call)
+                o, l = _compensate(q_head, k_head, v_head, o, l, skipped, weight, head_centre, call)
+            if keys is not None and want_lse:
+                l = l + keys.top[b]
             if call.perm is None:
                 out[b, h] = o
                 if call.want_lse:
@@ -198,7 +200,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, wa
     """
     blind = None
     if bias is not None:
-        blind = (bias == -math.inf).all(-1, keepdim=True).expand(-1, -1, q.shape[2], -1) if bias.shape[2] != 1 else None
+        blind = (bias == -math.inf).all(-1, keepdim=True).expand(-1, -1, q.shape[2], -1)
         bias = bias.to(q.dtype)
     lse = None
     if not want_lse:
@@ -217,11 +219,11 @@ def dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, wa
     return out, lse
 
 
-def _compensate(q, k, v, out, lse, skipped, weight, top, centre, call):
-    """Merges the pooled state, which is relative to the centred K and to the largest key bias `top`, with lse of the true scores."""
+def _compensate(q, k, v, out, lse, skipped, weight, centre, call):
+    """Merges the pooled state, which is relative to the centred K, with lse of the true scores; both are relative to the largest key bias."""
     centred = k.float() if centre is None else k.float() - centre
     scale = call.scale
-    frame = top if centre is None else top + scale * (q.float() @ centre[0])
+    frame = 0.0 if centre is None else scale * (q.float() @ centre[0])
     state = compensation.skipped_state(q[None], centred[None], v[None], weight, skipped[None], scale, shift=not call.causal)
     o, l = compensation.merge(out[None].float(), (lse - frame)[None], q[None], state, scale)
     return o[0].to(out.dtype), l[0] + frame

@@ -484,3 +484,25 @@ def test_offsets_beyond_2_31_elements(rand, naive, far, topk):
     assert torch.equal(q, rand(0, *shape, dtype=torch.float16))
     naive.check(out, q, k, v, lse=lse, blocks=info.block_mask.to_dense())
     assert torch.equal(out, sparse_attention(q, k, v, topk=topk, return_lse=True)[0])
+
+
+@pytest.mark.parametrize("s_q", [1, 2, 129], ids=lambda n: f"S_q {n}")
+def test_blind_row_in_a_short_block(s_q):
+    """Causal and a key mask together: a row whose visible keys are all masked gives zeros and -inf, in a block of one row too."""
+    q, k, v = (torch.randn(1, 1, n, 16, generator=torch.Generator().manual_seed(n)) for n in (s_q, 200, 200))
+    key_mask = torch.ones(1, 200, dtype=torch.bool)
+    key_mask[:, :s_q] = False
+    out, lse = sparse_attention(q, k, v, topk=1, causal=True, key_mask=key_mask, return_lse=True)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("common", [0.0, 500.0, 7e4])
+def test_a_common_part_of_the_bias_costs_no_precision(dtype, common):
+    q, k, v = (torch.randn(1, 2, 512, 32, generator=torch.Generator().manual_seed(n)).to(dtype) for n in range(3))
+    bias = -30 * torch.rand(1, 512, generator=torch.Generator().manual_seed(9))
+    out, lse = sparse_attention(q, k, v, topk=1, key_mask=bias + common, return_lse=True)
+    scores = q.double() @ k.double().mT * 32**-0.5 + bias.double()[:, None, None]
+    true = scores.softmax(-1) @ v.double()
+    assert (out.double() - true).norm() / true.norm() < 0.02
+    torch.testing.assert_close(lse.double() - common, scores.logsumexp(-1), rtol=1e-4, atol=5e-2)

@@ -19,7 +19,7 @@ MORE_LAYERS = {
     "sdxl": 4,  # the same
 }
 # Calls of one model call that are no block's own self-attention, by what they attend to.
-PROMPT, TEXT_REFINER = "cross-attention to {} tokens", "{} tokens that do not hold the picture (a refiner of the text or of references)"
+PROMPT, TEXT_REFINER = "cross-attention to {} tokens", "{} tokens, fewer than the picture has (a refiner, or another node merges tokens)"
 UNNUMBERED = {
     "wan_t2v": {PROMPT.format(7): 2},
     "wan_2_2_5b": {PROMPT.format(7): 2},

@@ -207,7 +207,7 @@ def test_all_reasons_are_provoked_here(nodes):
     names = {name for name in vars(nodes.reasons) if name.isupper()}
     assert names == {
         "OPTED_OUT", "GRADIENTS", "DTYPE", "HEAD_DIM", "NO_BACKEND", "WINDOW", "DENSE_BLOCK", "COUNTING_BLOCKS", "CROSS_ATTENTION", "TOO_SHORT",
-        "NOT_A_BLOCK", "ONE_BLOCK", "MASK_PER_QUERY", "MASK_PER_HEAD", "MASK_SHAPE", "POLICY_DENSE", "NEVER_ROUTED", "NOTHING_SEEN",
+        "NOT_A_BLOCK", "ONE_BLOCK", "MASK_PER_QUERY", "MASK_PER_HEAD", "MASK_SHAPE", "POLICY_DENSE", "NEVER_ROUTED", "NOTHING_SEEN", "ENDED_EARLY",
     }  # fmt: skip
 
 

@@ -124,8 +124,10 @@ BAD = {
 def test_bad_values(nodes, tiny, name):
     argument, value, rule = BAD[name]
     node = nodes.patch.SpargeAttention
-    said = node.validate_inputs(**{argument: value})
+    said = nodes.patch.check({argument: value})
     assert isinstance(said, str)
+    if argument == "dense_blocks":  # ComfyUI's own checks know the ranges and the lists of choices of the others
+        assert node.validate_inputs(dense_blocks=value) == said
     shown = repr("5-3") if name == "blocks-backwards" else repr(value)
     assert said.startswith(f"{argument} must ") and rule in said and f"got {shown}" in said, said
     if argument not in ("token_order", "backend"):  # there the list of choices is the remedy
@@ -137,11 +139,11 @@ def test_bad_values(nodes, tiny, name):
 
 def test_window_the_wrong_way_round(nodes, tiny):
     node = nodes.patch.SpargeAttention
-    said = node.validate_inputs(start_percent=0.6, end_percent=0.4)
+    said = nodes.patch.check({"start_percent": 0.6, "end_percent": 0.4})
     assert all(part in said for part in ("start_percent", "end_percent", "0.6", "0.4", ";"))
     with pytest.raises(ValueError, match="start_percent"):
         node.execute(tiny("wan_t2v").patcher, start_percent=0.6, end_percent=0.4)
-    assert node.validate_inputs(start_percent=0.4, end_percent=0.4) is True
+    assert nodes.patch.check({"start_percent": 0.4, "end_percent": 0.4}) is None
 
 
 @pytest.mark.parametrize(("argument", "value"), [("dense_blocks", 5), ("min_tokens", 0.5), ("compensate", "yes"), ("protect_references", 2)])
@@ -152,14 +154,22 @@ def test_values_of_a_wrong_type_over_a_link(nodes, tiny, argument, value):
 
 
 def test_linked_values_are_not_there_yet(nodes):
-    """ComfyUI gives None, or nothing, for what comes over a link; the others are checked all the same."""
+    """ComfyUI gives None, or nothing, for what comes over a link."""
     node = nodes.patch.SpargeAttention
-    everything = {name: None for _, name, _, options in SPARGE_ATTENTION if "default" in options} | {}
-    for name in ("compensate", "protect_references"):
-        everything.pop(name)
-    assert node.validate_inputs() is True and node.validate_inputs(**everything) is True
-    assert node.validate_inputs(**everything | {"topk": 0.01}).startswith("topk must be")
-    assert node.validate_inputs(start_percent=0.9, end_percent=None) is True
+    assert node.validate_inputs() is True and node.validate_inputs(dense_blocks=None) is True
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("token_order", None), ("backend", None), ("topk", None), ("policy", "x"), ("block_mask", "x")], ids=lambda v: str(v)
+)
+def test_nulls_and_foreign_objects_fail_at_the_node(nodes, tiny, argument, value):
+    with pytest.raises(ValueError, match=f"{argument} must .*got {value!r}; "):
+        nodes.patch.SpargeAttention.execute(tiny("wan_t2v").patcher, **{argument: value})
+
+
+def test_a_model_must_be_a_model(nodes):
+    with pytest.raises(ValueError, match="model must be a ComfyUI model, got 5; "):
+        nodes.patch.SpargeAttention.execute(5)
 
 
 BLOCKS = {

@@ -217,3 +217,26 @@ def test_layer_listed(nodes, total, expected):
     listed = nodes.run_state.layer_listed
     cases = [(0, ((0, 0),)), (1, ((0, 0), (3, 4))), (2, ((-1, -1),)), (4, ((-1, -1),)), (3, ((3, 2), (-2, -1)))]
     assert [listed(layer, ranges, total) for layer, ranges in cases] == expected
+
+
+def test_a_failure_inside_our_own_attention_blames_nobody(tiny, patched, nodes, last_run, monkeypatch):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(nodes.override._kernels, "attend", out_of_memory)
+    model = tiny("wan_t2v")
+    with pytest.raises(torch.OutOfMemoryError):
+        comfy_models.sample(model, patched(model))
+    assert last_run()["note"] == "the run ended early (OutOfMemoryError)"
+
+
+def test_steps_of_a_rising_schedule(nodes):
+    """ "Unsampling" goes from clean to noise."""
+    state = object.__new__(nodes.run_state.RunState)
+    state.sigmas, state.step = [0.0, 0.3, 0.6, 1.0], 0
+    state.telemetry = nodes.telemetry.Runs().open(node="n", owner="o", facts={}, sigmas=state.sigmas)
+    steps = []
+    for sigma in (0.0, 0.3, 0.45, 0.6):
+        state.at(torch.tensor([sigma]))
+        steps.append(state.step)
+    assert steps == [0, 1, 1, 2]

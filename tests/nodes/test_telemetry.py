@@ -274,3 +274,20 @@ def test_runs_for_reports(nodes):
     for i in range(200):
         runs.for_report(f"report {i}", [])
     assert len(runs._shown) <= 64
+
+
+def test_report_of_nested_runs_is_in_order_and_stays(nodes):
+    """Two nodes on one model: the inner run is opened last and closed first."""
+    runs = nodes.telemetry.Runs()
+    outer, inner = (runs.open(node="n", owner=owner, facts={}, sigmas=[]) for owner in ("outer", "inner"))
+    runs.add(inner)
+    runs.add(outer)
+    for _ in range(2):
+        assert [run.number for run in runs.for_report("9", ["outer", "inner"])] == [outer.number, inner.number]
+
+
+def test_summary_of_a_slow_down_says_so(nodes):
+    run = nodes.telemetry.Runs().open(node="n", owner="o", facts={}, sigmas=[1.0, 0.0])
+    run.cells[0, 0] = nodes.telemetry.Cell(sparse_calls=1, density=0.5)
+    run._ms_by_tokens = {(100, True): [2.0], (100, False): [1.0]}
+    assert "2.00x slower than dense: raise min_tokens" in run.summary()
