@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 
 from . import _comfy, _kernels, geometry, reasons, telemetry
 
@@ -34,8 +35,7 @@ class Patch:
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs):
         """Wrapper around one sampler call."""
-        state = RunState(self, executor.class_obj.model_patcher, [float(s) for s in sigmas])
-
+        state = RunState(self, executor.class_obj.model_patcher, sigmas.tolist())
         self.runs.append(state)
         try:
             return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
@@ -90,7 +90,8 @@ class RunState:
         self.sigma = sigmas[0] if sigmas else 0.0
         self.sigmas = sigmas
         self.start_sigma = _comfy.percent_to_sigma(patcher, self.settings.start_percent)
-        self.end_sigma = _comfy.percent_to_sigma(patcher, self.settings.end_percent)
+        # To the end means to the end: a rising schedule has model calls at sigma 0, which no percentage of a falling one is below.
+        self.end_sigma = _comfy.percent_to_sigma(patcher, self.settings.end_percent) if self.settings.end_percent < 1 else -math.inf
         model = _comfy.diffusion_model(patcher.model)
         self.family = geometry.family_of(model)
         device = getattr(patcher, "load_device", None)

@@ -240,3 +240,18 @@ def test_steps_of_a_rising_schedule(nodes):
         state.at(torch.tensor([sigma]))
         steps.append(state.step)
     assert steps == [0, 1, 1, 2]
+
+
+def test_a_rising_schedule_is_sparse_from_its_first_call(tiny, patched, last_run):
+    """With the window wide open nothing is outside of it, sigma 0 included."""
+    import comfy.samplers
+
+    model = tiny("wan_t2v")
+    guider = comfy.samplers.CFGGuider(patched(model))
+    guider.set_conds(model.positive, model.negative)
+    guider.set_cfg(1.0)
+    sigmas = torch.tensor([0.0, 0.5, 0.9])
+    guider.sample(torch.zeros_like(model.latent), model.latent, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=1)
+    run = last_run()
+    assert not any("window" in reason for reason in run["reasons"])
+    assert {c["step"] for c in run["cells"] if c["sparse_calls"]} == {0, 1}
