@@ -1,0 +1,1 @@
+"""Device code, its binaries, and what loads and launches them. Nothing here is imported before a call asks for a GPU."""
