@@ -55,7 +55,7 @@ class Variant:
 
 def variants(arch: str) -> tuple[Variant, ...]:
     """Every binary that exists on `arch` ("sm_86")."""
-    fp8 = number(arch) >= 89
+    fp8 = number(arch) == 89 or number(arch) // 10 == 12  # others run FP8 mma.sync as conversions around fp16, or not at all
     found = []
     for dim in DIMS:
         for i, dtype in enumerate(DTYPES):

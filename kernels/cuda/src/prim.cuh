@@ -140,15 +140,17 @@ DEVICE uint32_t pack_uint8(float a, float b, float c, float d) {
   uint32_t cd = __byte_perm(__float_as_uint(c + 12582912.0f), __float_as_uint(d + 12582912.0f), 0x0040);
   return __byte_perm(ab, cd, 0x5410);
 }
-#if __CUDA_ARCH__ >= 890
-// e4m3, to nearest even, saturating at 448; sm_89 and above.
+// e4m3, to nearest even, saturating at 448. Needs sm_89.
 DEVICE uint32_t pack_e4m3(float a, float b, float c, float d) {
-  uint16_t low, high;
+  uint16_t low = 0, high = 0;
+#if __CUDA_ARCH__ >= 890
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+#else
+  __trap();
+#endif
   return (uint32_t)low | ((uint32_t)high << 16);
 }
-#endif
 
 // ---- memory ------------------------------------------------------------------------------------------------------------------------------------
 
@@ -200,10 +202,13 @@ DEVICE void mma_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// Needs sm_89; sm_90 and sm_100 have it only as a conversion to fp16 and back.
+DEVICE void mma_e4m3(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 890
-DEVICE void mma_e4m3(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {  // sm_89 and above
   asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+#else
+  __trap();
 #endif
+}
