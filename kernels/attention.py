@@ -11,13 +11,13 @@ from torch import Tensor
 
 from . import checks, ops
 from .backends import choose
-from .block_mask import BlockMask
+from .block_mask import BLOCK_K, BlockMask, num_blocks
 from .order import OrderPlan
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionInfo:
-    """What a call did. Tensors stay on the device of the call until they are read.
+    """What a call did, as the backend left it; what is told beyond that is worked out when read, on the device of the call.
 
     Attributes
     ----------
@@ -27,20 +27,52 @@ class AttentionInfo:
         Share of the kept tiles whose PV half was skipped, 0..1.
     backend : str
         The backend that ran.
-    kept, visible : bool (B, H, N_q, N_k), int32 (B, 1, N_q)
-        The block map, in plan order when an order was given, and the visible blocks per row.
+    block_mask : BlockMask
+        The kept blocks, in plan order when an order was given.
+    kept : bool (B, H, N_q, N_k)
+        The same as a map.
+    visible : int32 (B, 1, N_q)
+        The visible blocks per row.
+    blocks, counts : bool (B, H, N_q, N_k) or int16 (B, H, N_q, capacity), and int32 (B, H, N_q)
+        The backend's own form of the map: a bool map, or ascending key block numbers (unsigned) of which the first `counts` of a row hold.
+    skips : int32 (B, H, 2)
+        Dropped and computed tiles.
+    key_blocks : int
+        N_k.
     """
 
-    density: Tensor
-    pv_skipped: Tensor
     backend: str
-    kept: Tensor
+    blocks: Tensor
+    counts: Tensor
     visible: Tensor
+    skips: Tensor
+    key_blocks: int
+
+    @property
+    def density(self) -> Tensor:
+        return self.counts.sum(-1, dtype=torch.float32) / self.visible.sum(-1, dtype=torch.float32).clamp_min(1)
+
+    @property
+    def pv_skipped(self) -> Tensor:
+        return self.skips[..., 0].float() / self.skips.sum(-1, dtype=torch.float32).clamp_min(1)
+
+    @property
+    def kept(self) -> Tensor:
+        return _as_map(self.blocks, self.counts, self.key_blocks)
 
     @property
     def block_mask(self) -> BlockMask:
-        """The kept blocks as a `BlockMask` (built when read)."""
         return BlockMask.from_dense(self.kept, self.visible)
+
+
+def _as_map(blocks: Tensor, counts: Tensor, key_blocks: int) -> Tensor:
+    """The bool map (B, H, N_q, N_k) of either form of the kept blocks."""
+    if blocks.dtype == torch.bool:
+        return blocks
+    within = torch.arange(blocks.shape[-1], device=blocks.device) < counts[..., None]
+    ids = torch.where(within, blocks.long() & 0xFFFF, key_blocks)  # what lies behind a row's count goes to a column that is cut off
+    kept = torch.zeros((*blocks.shape[:-1], key_blocks + 1), dtype=torch.bool, device=blocks.device)
+    return kept.scatter_(-1, ids, True)[..., :key_blocks].contiguous()
 
 
 def sparse_attention(
@@ -186,8 +218,8 @@ def select_blocks(
     q, k, _ = checks.tensors(q, k, None, layout)
     arguments = _selection_arguments(q, k, topk, cdfthreshd, simthreshd1, causal, causal_offset, scale, key_mask, always_keep, order, score, smooth_k,
                                      backend)  # fmt: skip
-    _backend_of(q, arguments)
-    return BlockMask.from_dense(*ops.select(q, k, *arguments.rule, *arguments.common))
+    blocks, counts, visible = ops.select(q, k, *arguments.rule, *arguments.common)
+    return BlockMask.from_dense(_as_map(blocks, counts, num_blocks(k.shape[2], BLOCK_K)), visible)
 
 
 def merge_lse(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, layout: str = "HND") -> tuple[Tensor, Tensor]:
@@ -254,23 +286,18 @@ def _selection_arguments(q, k, topk, cdfthreshd, simthreshd1, causal, causal_off
     return _Arguments(rule, common)
 
 
-def _backend_of(q: Tensor, arguments: _Arguments) -> str:
-    return choose(ops.Call(q.device.type, arguments.common[-1], arguments.common[3]))
-
-
 def _attend(q, k, v, block_map, arguments: _Arguments, pvthreshd, compensate, layout, return_lse, return_info):
     pv = checks.number("pvthreshd", pvthreshd, 0, math.inf, q.shape[1], low_open=True, remedy="15 is a good start, 50 is off in practice")
     flags = (checks.flag("compensate", compensate), checks.flag("return_lse", return_lse))
     return_info = checks.flag("return_info", return_info)
-    backend = _backend_of(q, arguments)
     pv_arguments = (50.0, pv.to(q.device)) if isinstance(pv, Tensor) else (pv, None)
-    out, lse, kept, visible, pv_skipped = ops.attend(q, k, v, block_map, *arguments.rule, *pv_arguments, *flags, *arguments.common)
+    out, lse, *did = ops.attend(q, k, v, block_map, *arguments.rule, *pv_arguments, *flags, *arguments.common)
     if layout == "NHD":
         out = out.transpose(1, 2)
     result = (out,)
     if return_lse:
         result += (lse,)
     if return_info:
-        density = kept.sum((-2, -1), dtype=torch.float32) / visible.sum(-1, dtype=torch.float32).clamp_min(1)
-        result += (AttentionInfo(density, pv_skipped, backend, kept, visible),)
+        call = ops.Call(q.device, arguments.common[-1], dtype=q.dtype, s_q=q.shape[2], s_k=k.shape[2], dim=q.shape[3])
+        result += (AttentionInfo(choose(call), *did, num_blocks(k.shape[2], BLOCK_K)),)
     return result if len(result) > 1 else out

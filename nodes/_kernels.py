@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from ..kernels import AttentionInfo, BlockMask, UnsupportedCall, backends, block_sparse_attention, order, sparse_attention
@@ -31,10 +32,10 @@ class Density:
 
 
 @lru_cache(maxsize=32)
-def backend_for(device_type: str, wanted: str) -> tuple[str | None, str | None]:
+def backend_for(device: torch.device | str, wanted: str) -> tuple[str | None, str | None]:
     """(backend name, None), or (None, why no backend runs here)."""
     try:
-        return choose(Call(device_type, wanted, 1.0)), None
+        return choose(Call(torch.device(device), wanted)), None
     except UnsupportedCall as refusal:
         return None, "; ".join(f"{name}: {why}" for name, why in refusal.reasons.items())
 

@@ -1,4 +1,15 @@
-"""The ordered table of backends. Each is a module with `why_not(call)`, `select(...)`, `attend(...)`, and the facts below as constants."""
+"""The ordered table of backends. Each is a module with these functions, and the facts of `BackendStatus` as constants.
+
+why_not(call) -> str | None
+    None, or why it declines the `ops.Call`.
+blocks_form(call, rule) -> (shape, dtype)
+    Of the kept blocks that the next two return: a bool map (B, H, N_q, N_k), or int16 lists (B, H, N_q, capacity) of unsigned key block numbers.
+select(call, q, k, rule, key_mask) -> (blocks, counts, visible)
+    counts int32 (B, H, N_q): kept blocks of each row; visible int32 (B, 1, N_q).
+run(call, q, k, v, rule, block_map, key_mask) -> (out, lse, blocks, counts, visible, skips)
+    Selection by `rule`, or the visible part of `block_map` (the other one is None), and attention. lse fp32 (B, H, S_q), empty unless asked for;
+    skips int32 (B, H, 2): dropped and computed tiles.
+"""
 
 from __future__ import annotations
 

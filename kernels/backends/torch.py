@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import compensation, selection
-from ..block_mask import BLOCK_K, BLOCK_Q
+from ..block_mask import BLOCK_K, BLOCK_Q, num_blocks
 from ..quantize import key_centre
 
 quantised = False
@@ -29,42 +29,82 @@ _ROWS_A_THREAD = 32  # PyTorch's CPU attention gives each thread this many query
 
 def why_not(call) -> str | None:
     """None, or why the automatic choice passes this backend by."""
-    if call.device_type != "cpu" and not call.forced:
-        return f"not chosen by itself on {call.device_type} (a GPU gains nothing from it); backend='torch' runs it there"
+    if call.device.type != "cpu" and not call.forced:
+        return f"not chosen by itself on {call.device.type} (a GPU gains nothing from it); backend='torch' runs it there"
     return None
 
 
-def select(call, q: Tensor, k: Tensor, rule: selection.Rule, keys: selection.Keys | None) -> tuple[Tensor, Tensor]:
-    """The kept and visible blocks; see `selection.select`."""
-    return selection.select(
-        q, k, rule, scale=call.scale, causal=call.causal, causal_offset=call.causal_offset, keys=keys, keep_q=call.keep_q, keep_k=call.keep_k,
-        perm=call.perm, smooth_k=call.smooth_k,
-    )  # fmt: skip
+def blocks_form(call, rule: selection.Rule | None) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the block map that `select` and `run` return."""
+    return (call.batch, call.heads, num_blocks(call.s_q, BLOCK_Q), num_blocks(call.s_k, BLOCK_K)), torch.bool
 
 
-def attend(call, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, keys: selection.Keys | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention over the kept blocks.
+def select(call, q: Tensor, k: Tensor, rule: selection.Rule, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept blocks as a bool map (B, H, N_q, N_k), how many those are (B, H, N_q), and the visible ones (B, 1, N_q); see `selection.select`."""
+    return _select(call, q, k, rule, selection.Keys.from_mask(key_mask))
+
+
+def run(call, q: Tensor, k: Tensor, v: Tensor, rule: selection.Rule | None, block_map: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor, ...]:
+    """Attention over the blocks that `rule` selects or `block_map` keeps; one of the two is given.
 
     Parameters
     ----------
     call : ops.Call
     q (B, H, S_q, D); k, v (B, H_kv, S_k, D)
         In the caller's order.
-    kept : bool (B, H, N_q, N_k)
-        In plan order; blocks outside what is visible are dropped here.
-    keys, bias
-        The key mask, as `Keys` and as additive fp32 (B, S_k) with -inf for masked keys, relative to `keys.top`; None without a mask.
+    block_map : bool (B|1, H|1, N_q, N_k) or None
+        In plan order; blocks outside what is visible are dropped.
+    key_mask : bool or additive float (B, S_k), or None
 
     Returns
     -------
-    out like q; lse fp32 (B, H, S_q), empty unless asked for; pv_skipped fp32 (B, H), all zero: this backend never skips half a tile.
+    out like q; lse fp32 (B, H, S_q), empty unless asked for; the three tensors of `select`; and int32 (B, H, 2), dropped and kept tiles, all zero:
+    this backend never skips half a tile.
+    """
+    keys = selection.Keys.from_mask(key_mask)
+    if block_map is None:
+        kept, counts, visible = _select(call, q, k, rule, keys)
+    else:
+        kept, counts, visible = _visible_part(call, q, k, block_map, keys)
+    bias = None
+    if key_mask is not None:
+        bias = torch.where(keys.valid, 0.0 if key_mask.dtype == torch.bool else key_mask.float() - keys.top[:, None], -math.inf)
+    out, lse = _attend(call, q, k, v, kept, keys, bias)
+    return out, lse, kept, counts, visible, torch.zeros(call.batch, call.heads, 2, dtype=torch.int32, device=q.device)
+
+
+def _select(call, q: Tensor, k: Tensor, rule: selection.Rule, keys: selection.Keys | None) -> tuple[Tensor, Tensor, Tensor]:
+    kept, visible = selection.select(
+        q, k, rule, scale=call.scale, causal=call.causal, causal_offset=call.causal_offset, keys=keys, keep_q=call.keep_q, keep_k=call.keep_k,
+        perm=call.perm, smooth_k=call.smooth_k,
+    )  # fmt: skip
+    return kept, kept.sum(-1, dtype=torch.int32), visible
+
+
+def _visible_part(call, q: Tensor, k: Tensor, block_map: Tensor, keys: selection.Keys | None) -> tuple[Tensor, Tensor, Tensor]:
+    """A caller's block map (B|1, H|1, N_q, N_k) cut down to what is visible, for every head, its counts, and the visible blocks per row."""
+    keys = None if keys is None else keys.on_plan(call.perm)
+    visible, _ = selection.visibility(
+        call.batch, call.s_q, call.s_k, causal=call.causal, causal_offset=call.causal_offset, keys=keys, device=q.device
+    )
+    visible = visible.expand(call.batch, *block_map.shape[2:])[:, None]
+    kept = (block_map & visible).expand(call.batch, call.heads, -1, -1).contiguous()
+    return kept, kept.sum(-1, dtype=torch.int32), visible.sum(-1, dtype=torch.int32)
+
+
+def _attend(call, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, keys: selection.Keys | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention over `kept` and its log-sum-exp (empty unless asked for).
+
+    The key mask comes as `Keys` and as additive fp32 (B, S_k) with -inf for masked keys, relative to `keys.top`.
     """
     batch, heads, s_q, dim = q.shape
     s_k, group = k.shape[2], heads // k.shape[1]
     want_lse = call.want_lse or call.compensate
     plan_keys = None if keys is None else keys.on_plan(call.perm)
-    visible, partial = selection.visibility(batch, s_q, s_k, causal=call.causal, causal_offset=call.causal_offset, keys=plan_keys, device=q.device)
-    kept = kept & visible[:, None]
+    if call.compensate:
+        visible, partial = selection.visibility(
+            batch, s_q, s_k, causal=call.causal, causal_offset=call.causal_offset, keys=plan_keys, device=q.device
+        )
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, s_q, dtype=torch.float32, device=q.device) if call.want_lse else q.new_empty(0, dtype=torch.float32)
     buffers = {}
@@ -96,7 +136,7 @@ def attend(call, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, keys: selection.
                 out[b, h].index_copy_(0, call.perm, o.to(out.dtype))
                 if call.want_lse:
                     lse[b, h].index_copy_(0, call.perm, l)
-    return out, lse, torch.zeros(batch, heads, dtype=torch.float32, device=q.device)
+    return out, lse
 
 
 def _in_order(x: Tensor, perm: Tensor | None) -> Tensor:

@@ -400,6 +400,25 @@ def test_return_forms(rand):
     assert info.density.dtype == torch.float32 and info.density.shape == info.pv_skipped.shape == (1, 2)
 
 
+@pytest.mark.parametrize("n_k", [1, 5, 40000, 65536], ids=lambda n: f"N_k {n}")
+def test_info_reads_lists_of_block_numbers(n_k):
+    """The other form in which a backend leaves its map: unsigned 16-bit numbers, of which the first `counts` of a row hold; the rest is unwritten."""
+    rows = [[[0, n_k - 1], [n_k // 2]], [[], [n_k - 1]]]
+    blocks, counts = torch.full((1, 2, 2, 3), -1, dtype=torch.int16), torch.zeros(1, 2, 2, dtype=torch.int32)
+    dense = torch.zeros(1, 2, 2, n_k, dtype=torch.bool)
+    for h, i in ((h, i) for h in range(2) for i in range(2)):
+        ids = sorted(set(rows[h][i]))
+        dense[0, h, i, ids] = True
+        counts[0, h, i] = len(ids)
+        blocks[0, h, i, : len(ids)] = torch.tensor([x - (1 << 16) if x >= 1 << 15 else x for x in ids], dtype=torch.int16)
+    visible = torch.tensor([[[n_k, n_k]]], dtype=torch.int32)
+    skips = torch.tensor([[[3, 1], [0, 0]]], dtype=torch.int32)
+    info = AttentionInfo("cuda", blocks, counts, visible, skips, n_k)
+    assert torch.equal(info.kept, dense) and torch.equal(info.block_mask.to_dense(), dense)
+    torch.testing.assert_close(info.density, dense.float().mean((-2, -1)))
+    assert info.pv_skipped.tolist() == [[0.75, 0.0]] and info.density.dtype == info.pv_skipped.dtype == torch.float32
+
+
 @pytest.mark.parametrize("compensate", [False, True], ids=["", "compensate"])
 @pytest.mark.parametrize("topk", [1, 0.3])
 def test_runs_twice_bitwise_equal_and_leaves_inputs_alone(rand, topk, compensate):

@@ -129,9 +129,10 @@ def test_no_map_of_all_pairs_at_any_point(rand, profile):
 
 
 def test_chosen_by_itself_on_the_cpu_only():
-    assert choose(ops.Call("cpu", "auto", 1.0)) == "torch" and choose(ops.Call("cuda", "torch", 1.0)) == "torch"
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert choose(ops.Call(cpu)) == "torch" and choose(ops.Call(gpu, "torch")) == "torch"
     with pytest.raises(UnsupportedCall) as caught:
-        choose(ops.Call("cuda", "auto", 1.0))
+        choose(ops.Call(gpu))
     assert "cuda" in caught.value.reasons["torch"]
 
 

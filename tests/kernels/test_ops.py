@@ -27,7 +27,7 @@ def leaves(result):
     result = result if isinstance(result, tuple) else (result,)
     flat = []
     for r in result:
-        flat += [r] if isinstance(r, torch.Tensor) else [r.density, r.pv_skipped, r.kept, r.visible]
+        flat += [r] if isinstance(r, torch.Tensor) else [r.density, r.pv_skipped, r.kept, r.visible, r.counts, r.skips]
     return flat
 
 
