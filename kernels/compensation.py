@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .block_mask import BLOCK_K, BLOCK_Q
-from .selection import VARIANCE_CAP, block_scores
+from .selection import POOL_Q, VARIANCE_CAP
 
 NOTHING_SKIPPED = -1e30
 
@@ -36,6 +36,9 @@ class SkippedState:
 
 def skipped_state(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, skipped: Tensor, scale: float, shift: bool = True) -> SkippedState:
     """Pools the skipped blocks of one batch element.
+
+    A skipped block's score comes from the mean of the query block's rows. Half the variance of that score inside the key block is taken with the
+    squared means of the query block's 32-row pools, averaged over its rows: what the selection's variance term has at hand.
 
     Parameters
     ----------
@@ -67,11 +70,15 @@ def skipped_state(q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, skippe
     else:
         covariance, k_square = kf.new_zeros(kf.shape[0], kf.shape[-1], kf.shape[-1]), k_mean.square()  # no variance without the shift
 
-    n_q = skipped.shape[-2]
-    rows = torch.full((n_q,), float(BLOCK_Q), device=q.device)
-    rows[-1] = q.shape[-2] - (n_q - 1) * BLOCK_Q
-    q_blocks = torch.nn.functional.pad(q.float(), (0, 0, 0, n_q * BLOCK_Q - q.shape[-2])).unflatten(-2, (n_q, BLOCK_Q))
-    scores, half_variance = block_scores(q_blocks.sum(-2) / rows[:, None], k_mean, k_square, scale)
+    n_q, pools = skipped.shape[-2], BLOCK_Q // POOL_Q
+    rows = (q.shape[-2] - torch.arange(n_q * pools, device=q.device) * POOL_Q).clamp(0, POOL_Q).float()[:, None]
+    padded = torch.nn.functional.pad(q.float(), (0, 0, 0, n_q * BLOCK_Q - q.shape[-2]))
+    means = padded.unflatten(-2, (n_q * pools, POOL_Q)).sum(-2) / rows.clamp_min(1)
+    of_block = rows.unflatten(0, (n_q, pools))
+    of_block = of_block / of_block.sum(1, keepdim=True)
+    q_mean, q_square = ((x.unflatten(-2, (n_q, pools)) * of_block).sum(-2) for x in (means, means.square()))
+    scores = scale * (q_mean @ k_mean.mT)
+    half_variance = 0.5 * scale * scale * (q_square @ (k_square - k_mean.square()).clamp_min(0).mT)
     exponent = torch.where(skipped, scores + half_variance.clamp_max(VARIANCE_CAP) + n.squeeze(-1).log(), -math.inf)
     m0 = exponent.amax(-1).clamp_min(NOTHING_SKIPPED)
     mass = (exponent - m0[..., None]).exp()

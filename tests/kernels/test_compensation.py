@@ -50,6 +50,7 @@ def pooled_by_hand(q, k, v, blocks, weight=None, bias=None, scale=None):
     for i in range(blocks.shape[0]):
         rows = range(i * 128, min((i + 1) * 128, s_q))
         qm = q[rows.start : rows.stop].mean(0)
+        squares = sum(len(pool) * pool.mean(0) ** 2 for pool in q[rows.start : rows.stop].split(32)) / len(rows)
         for r in rows:
             numerator, denominator = torch.zeros(d, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
             for j in range(n_k):
@@ -59,7 +60,7 @@ def pooled_by_hand(q, k, v, blocks, weight=None, bias=None, scale=None):
                     e = weight[keys] * (scale * (k[keys] @ q[r])).exp()
                     numerator, denominator = numerator + e @ v[keys], denominator + e.sum()
                 else:
-                    hv = 0.5 * scale**2 * (qm**2 @ variance)
+                    hv = 0.5 * scale**2 * (squares @ variance)
                     w = n * (scale * (qm @ km) + min(hv, torch.tensor(8.0))).exp()
                     shrink = min(1.0, math.sqrt(8 / float(hv))) if hv > 0 else 1.0
                     numerator, denominator = numerator + w * vm + w * shrink * scale * (covariance @ q[r]), denominator + w
