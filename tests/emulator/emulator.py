@@ -1,0 +1,259 @@
+"""Device code on the CPU: builds a .cuh file with g++ against prim.cuh of this folder and runs its kernels on CPU tensors.
+
+    lib = emulator.library(variant)
+    out = emulator.guarded((2, 64), torch.float32)
+    lib.launch("sparge_select", grid, params, shared=4096, seed=3)
+    emulator.check_guards(out)
+
+An error of the device code (threads that meet in different places, a hang, an access outside shared memory, a broken condition of prim.cuh) raises
+RuntimeError. Wrong results under some seeds only are a missing barrier or wait: run every test under several.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+SOURCES = ROOT / "kernels" / "cuda" / "src"
+CACHE = ROOT / ".emulator"
+
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno", "-pthread")
+# What the device finds in a variable that nothing was written to is not zero either.
+KERNEL_FLAGS = ("-ftrivial-auto-var-init=pattern", "-Werror=return-type")
+SANITIZE_FLAGS = ("-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZED_EXIT = 99
+GUARD = 4096
+"""Bytes of the sentinels before and after a guarded tensor."""
+
+
+def sanitised() -> bool:
+    """Whether this process runs under AddressSanitizer (see `run_sanitised`)."""
+    return hasattr(ctypes.CDLL(None), "__asan_init")
+
+
+@functools.cache
+def compiler() -> str:
+    """Path of g++. Without one the test is skipped; under CI=true it fails."""
+    found = shutil.which("g++")
+    if found is None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("g++ is missing: the emulator builds the kernels with it")
+    return found
+
+
+@functools.cache
+def _machine_flags() -> tuple[str, ...]:
+    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    cpu = Path("/proc/cpuinfo")
+    features = set(re.findall(r"^flags.*", cpu.read_text(), re.MULTILINE)[0].split()) if cpu.exists() and os.uname().machine == "x86_64" else set()
+    arch = ("-march=x86-64-v3",) if {"avx2", "fma", "f16c", "bmi2", "movbe", "abm"} <= features else ()
+    return (*arch, f"-DEMULATOR_COMPILER={hashlib.sha256(version.encode()).hexdigest()[:8]}")
+
+
+def _build(name: str, flags: tuple[str, ...], files: dict[str, str], unit: str, suffix: str) -> Path:
+    """Compiles `unit` with `files` around it, once per content; two processes may do it at the same time."""
+    key = hashlib.sha256(repr((flags, sorted(files.items()), unit)).encode()).hexdigest()[:20]
+    target = CACHE / f"{name}-{key}{suffix}"
+    if target.exists():
+        return target
+    CACHE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE, prefix="build-") as folder:
+        for file, text in files.items():
+            path = Path(folder, file)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        done = subprocess.run([compiler(), *flags, unit, "-o", "built"], cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"g++ refuses {name}:\n{done.stderr[-20000:]}")
+        os.replace(Path(folder, "built"), target)
+    return target
+
+
+def _closure(source: Path) -> dict[str, Path]:
+    """The source and what it includes from kernels/cuda/src, by name; prim.cuh is the emulator's."""
+    found, queue = {}, [source]
+    while queue:
+        path = queue.pop()
+        if path.name in found:
+            continue
+        found[path.name] = path
+        queue += [SOURCES / name for name in re.findall(r'#include\s*[<"]([\w.]+)[>"]', path.read_text()) if name != "prim.cuh"]
+    return found
+
+
+def fields_of(layout: str) -> dict[str, list[str]]:
+    """Field names of every struct in the text of layout.cuh."""
+    text = re.sub(r"//[^\n]*", "", layout)
+    found = {}
+    for struct, body in re.findall(r"struct\s+(\w+)\s*\{(.*?)\};", text, re.DOTALL):
+        found[struct] = [name for line in body.split(";") for name in re.findall(r"(\w+)\s*(?:,|$)", line.strip())]
+    return found
+
+
+def _unit(source: str, layout: str | None) -> str:
+    lines = [f"#include <{source}>", "struct Field { const char *owner, *name; int64_t offset, size; };"]
+    lines += ['extern "C" __attribute__((visibility("default"))) const Field emulator_fields[] = {']
+    for struct, names in fields_of(layout or "").items():
+        lines += [f'  {{"{struct}", "", 0, sizeof({struct})}},']
+        lines += [f'  {{"{struct}", "{n}", __builtin_offsetof({struct}, {n}), sizeof((({struct}*)0)->{n})}},' for n in names]
+    return "\n".join([*lines, "  {nullptr, nullptr, 0, 0}};", ""])
+
+
+class _Field(ctypes.Structure):
+    _fields_ = [("owner", ctypes.c_char_p), ("name", ctypes.c_char_p), ("offset", ctypes.c_int64), ("size", ctypes.c_int64)]
+
+
+class Library:
+    """The kernels of one build."""
+
+    def __init__(self, path: Path, shared: int = 0):
+        self.path = path
+        self._shared = shared
+        self._dll = ctypes.CDLL(str(path))
+        pointer, long = ctypes.c_void_p, ctypes.c_int64
+        self._launch = self._dll.emulator_launch
+        what, how = [pointer, long, ctypes.c_int, long, pointer, long], [ctypes.c_uint64, ctypes.c_int, ctypes.c_double]
+        self._launch.argtypes = [*what, *how, ctypes.c_char_p, long]
+
+    def launch(
+        self, symbol: str, grid: int, params: ctypes.Structure, *, shared: int = 0, threads: int = 256, seed: int = 0, limit: float = 120.0
+    ) -> None:
+        """Runs one kernel on the whole grid and returns when it is done.
+
+        Parameters
+        ----------
+        symbol : str
+            The name given to KERNEL.
+        grid : int
+            Blocks.
+        params : ctypes.Structure
+            The kernel's argument, with `tensor.data_ptr()` of CPU tensors, which the caller keeps alive.
+        shared : int
+            Bytes of dynamic shared memory; 0 means what the variant asks for.
+        threads : int
+            Threads per block, at most the number given to KERNEL.
+        seed : int
+            Order in which blocks, warps and lanes run. Under even seeds every asynchronous copy lands as late as it may, under odd ones half of
+            them land at once.
+        limit : float
+            Seconds after which the launch counts as hung.
+
+        Raises
+        ------
+        RuntimeError
+            The kernel, the block, the thread and what went wrong, and where all threads were.
+        """
+        kernel = ctypes.byref(ctypes.c_char.in_dll(self._dll, symbol))
+        error = ctypes.create_string_buffer(8192)
+        workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        arguments = (kernel, grid, threads, shared or self._shared, ctypes.byref(params), ctypes.sizeof(params), seed, workers, limit)
+        if self._launch(*arguments, error, len(error)):
+            raise RuntimeError(error.value.decode(errors="replace"))
+
+    def layout(self) -> dict[str, tuple[int, dict[str, tuple[int, int]]]]:
+        """struct -> (size, field -> (offset, size)) of layout.cuh as compiled."""
+        fields = ctypes.cast(ctypes.byref(ctypes.c_char.in_dll(self._dll, "emulator_fields")), ctypes.POINTER(_Field))
+        found, i = {}, 0
+        while fields[i].owner:
+            owner, name = fields[i].owner.decode(), fields[i].name.decode()
+            if name:
+                found[owner][1][name] = (fields[i].offset, fields[i].size)
+            else:
+                found[owner] = (fields[i].size, {})
+            i += 1
+        return found
+
+
+@functools.cache
+def library(variant, *, sanitize: bool = False, replace: tuple[tuple[str, str], ...] = ()) -> Library:
+    """The build of one variant for this CPU, from the cache where it is there.
+
+    Parameters
+    ----------
+    variant : config.Variant
+        Its `source` is a file in kernels/cuda/src, or an absolute path.
+    sanitize : bool
+        With AddressSanitizer and UndefinedBehaviorSanitizer, which only a process under `run_sanitised` can load; there it is always on.
+    replace : tuple of (old, new)
+        Changes to the text of the sources; each `old` must be there exactly once.
+    """
+    sanitize = sanitize or sanitised()
+    if sanitize and not sanitised():
+        raise RuntimeError("a sanitised build can only be loaded by a process that run_sanitised started")
+    flags = (*FLAGS, *_machine_flags(), *(SANITIZE_FLAGS if sanitize else ()))
+    interface = {f"host/{name}": (HERE / name).read_text() for name in ("prim.cuh", "runtime.h")}
+    runtime_files = {**interface, "host/runtime.cpp": (HERE / "runtime.cpp").read_text()}
+    runtime = _build("runtime", (*flags, "-O3", "-c"), runtime_files, "host/runtime.cpp", ".o")
+    source = SOURCES / variant.source
+    texts = {name: path.read_text() for name, path in _closure(source).items()}
+    for old, new in replace:
+        places = [name for name, text in texts.items() for _ in range(text.count(old))]
+        if len(places) != 1:
+            raise ValueError(f"the text to replace must be in the sources of {variant.name} exactly once, got {len(places)} in {places}: {old!r}")
+        texts[places[0]] = texts[places[0]].replace(old, new)
+    files = {**interface, **{f"source/{name}": text for name, text in texts.items()}, "unit.cpp": _unit(source.name, texts.get("layout.cuh"))}
+    defines = tuple(f"-D{name}={value}" for name, value in variant.defines)
+    flags = (*flags, *KERNEL_FLAGS, *defines, "-shared", "-Ihost", "-Isource", str(runtime))
+    return Library(_build(variant.name, flags, files, "unit.cpp", ".so"), variant.shared)
+
+
+def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous tensor full of NaN (integers: of bytes 0x5a) between two sentinels, for a kernel to write to."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    memory = torch.empty(size + 2 * GUARD, dtype=torch.uint8)
+    memory[:GUARD] = memory[GUARD + size :] = torch.arange(GUARD, dtype=torch.int32).remainder(251).to(torch.uint8)
+    memory[GUARD : GUARD + size] = 0x5A
+    tensor = memory[GUARD : GUARD + size].view(dtype).view(shape)
+    if dtype.is_floating_point:
+        tensor.fill_(float("nan"))
+    if sanitised():
+        _poison(memory, size, True)
+    return tensor
+
+
+def check_guards(*tensors: torch.Tensor) -> None:
+    """Fails where something was written before or after one of these tensors (views of them will do)."""
+    expected = torch.arange(GUARD, dtype=torch.int32).remainder(251).to(torch.uint8)
+    for i, tensor in enumerate(tensors):
+        memory = torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage())
+        size = memory.numel() - 2 * GUARD
+        if sanitised():
+            _poison(memory, size, False)
+        before, after = memory[:GUARD] != expected, memory[GUARD + size :] != expected
+        assert not before.any(), f"tensor {i}: written {GUARD - int(before.nonzero()[0])} bytes before its start"
+        assert not after.any(), f"tensor {i}: written {int(after.nonzero()[-1]) + 1} bytes past its end"
+        if sanitised():
+            _poison(memory, size, True)
+
+
+def _poison(memory: torch.Tensor, size: int, on: bool) -> None:
+    """Makes AddressSanitizer report an access to the sentinels at once."""
+    run = ctypes.CDLL(None)
+    act = run.__asan_poison_memory_region if on else run.__asan_unpoison_memory_region
+    start = memory.data_ptr()
+    for at in (start, start + GUARD + size):
+        act(ctypes.c_void_p(at), ctypes.c_size_t(GUARD))
+
+
+def run_sanitised(*arguments: str) -> subprocess.CompletedProcess:
+    """Runs pytest with these arguments in a process where every build is sanitised and every tensor stands alone.
+
+    A finding ends that process with `SANITIZED_EXIT` and a report on stderr.
+    """
+    preload = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    options = f"detect_leaks=0:detect_stack_use_after_return=0:exitcode={SANITIZED_EXIT}:allocator_may_return_null=1"
+    env = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": options, "UBSAN_OPTIONS": f"print_stacktrace=1:exitcode={SANITIZED_EXIT}"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

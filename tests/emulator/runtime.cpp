@@ -1,0 +1,830 @@
+// The emulator: runs the threads of a block as fibers of one host thread, in an order drawn from a seed.
+//
+// A thread runs until it meets others (a barrier, a shuffle, a matrix product). The last lane of a warp to arrive computes the result for all. What
+// runs next is random: per block either one warp goes as far as it can before another has its turn, or warps take turns of random length; the lanes
+// of a warp go in a random order either way. So a missing barrier, which the hardware forgives most of the time, gives wrong results under some seed.
+// An asynchronous copy poisons its destination when it is issued and lands when its thread waits for it (under even seeds always, under odd ones
+// half of them at once). Threads that meet in different places, or wait for one that has ended, are an error that names the places.
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "prim.cuh"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#define SANITIZED 1
+#else
+#define SANITIZED 0
+#endif
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace emulator {
+namespace {
+
+constexpr int kPoison = 0x7f;         // large as an integer, 3e38 as fp32, NaN as fp16 and e4m3
+constexpr int kRedzone = 0xc3;
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxCopies = 256;       // under way at once, per thread
+constexpr size_t kPage = 4096;
+constexpr size_t kStack = 256 << 10;  // per thread, of which the lowest page is the guard
+constexpr size_t kSharedLimit = 227 << 10;
+
+const char* const kNames[kKinds] = {"sync_block", "sync_warp", "shuffle_xor", "shuffle", "shuffle_up", "any_lane", "vote",
+                                    "load_matrix", "load_matrix_transposed", "mma_s8s8", "mma_u8s8", "mma_half", "mma_e4m3"};
+
+enum State : uint8_t { kRunning, kWaiting, kEnded };
+
+struct Copy {
+  uint32_t shared;
+  int group;
+  const void* global;
+};
+
+struct Fiber {
+  Thread api;
+  State state;
+  Kind kind;  // what it waits in
+  Site site;
+#if defined(__x86_64__)
+  void* stack_pointer;
+#else
+  ucontext_t context;
+#endif
+  char* stack;
+  void* fake_stack;  // AddressSanitizer's
+  int copies, group, first_group;
+  Copy copy[kMaxCopies];
+};
+
+struct Warp {
+  uint32_t ready, waiting, ended;  // lanes; waiting: in a collective of the warp
+  uint32_t at_barrier;
+  uint32_t order;                  // lanes go in the order i ^ order
+  int slice;                       // collectives before another warp may have its turn
+  Kind kind;
+  Site site;
+  uint32_t operands[32][kOperands];
+  uint32_t results[32][kResults];
+};
+
+// What a host thread needs to run blocks; kept between launches.
+struct Machine {
+  char* stacks = nullptr;
+  char* shared_pages = nullptr;  // guard page, kSharedLimit rounded up, guard page
+  char* signal_stack = nullptr;
+  bool left_midway = false;  // the last block failed
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+};
+
+struct Launch {
+  const Kernel* kernel;
+  int64_t grid, shared;
+  int threads;
+  const void* params;
+  uint64_t seed;
+  double limit;
+  std::vector<int64_t> order;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::mutex mutex;
+  std::string error;
+};
+
+struct Block {
+  Launch* launch;
+  Machine* machine;
+  int64_t id;
+  char* shared;
+  uint64_t random;
+  int slice;  // 0: a warp goes as far as it can
+  bool late;  // copies land as late as they may
+  uint32_t ready_warps;
+  int arrived, ended, barrier;
+  Site barrier_site;
+  volatile Kind polling;
+  sigjmp_buf escape;
+  char error[4096];
+#if defined(__x86_64__)
+  void* host_stack_pointer;
+#else
+  ucontext_t host_context;
+#endif
+  const void* host_stack;
+  size_t host_stack_size;
+  void* host_fake_stack;
+};
+
+__thread Block* block;
+
+uint64_t draw() {
+  uint64_t z = block->random += 0x9e3779b97f4a7c15ull;
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+  return z ^ z >> 31;
+}
+
+Fiber& fiber_of(Thread* t) { return *reinterpret_cast<Fiber*>(t); }
+Fiber& self() { return fiber_of(current); }
+Warp& warp_of(const Fiber& f) { return block->machine->warps[f.api.thread >> 5]; }
+const char* base_name(const char* path) {
+  const char* slash = strrchr(path, '/');
+  return slash ? slash + 1 : path;
+}
+
+// ---- fibers ------------------------------------------------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+extern "C" void emulator_switch(void** from, void* to);
+asm(R"(
+.text
+.globl emulator_switch
+.hidden emulator_switch
+.type emulator_switch, @function
+emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size emulator_switch, .-emulator_switch
+)");
+#endif
+
+void leave(void** fake_stack, const void* bottom, size_t size) {
+#if SANITIZED
+  __sanitizer_start_switch_fiber(fake_stack, bottom, size);
+#else
+  (void)fake_stack, (void)bottom, (void)size;
+#endif
+}
+void arrive(void* fake_stack, const void** from_bottom, size_t* from_size) {
+#if SANITIZED
+  __sanitizer_finish_switch_fiber(fake_stack, from_bottom, from_size);
+#else
+  (void)fake_stack, (void)from_bottom, (void)from_size;
+#endif
+}
+
+void to_fiber(Fiber& from, Fiber& to) {
+  current = &to.api;
+  leave(&from.fake_stack, to.stack + kPage, kStack - kPage);
+#if defined(__x86_64__)
+  emulator_switch(&from.stack_pointer, to.stack_pointer);
+#else
+  swapcontext(&from.context, &to.context);
+#endif
+  arrive(from.fake_stack, nullptr, nullptr);
+}
+
+// From the host's stack into the block; returns when the block is done or has failed.
+void enter(Fiber& to) {
+  current = &to.api;
+  leave(&block->host_fake_stack, to.stack + kPage, kStack - kPage);
+#if defined(__x86_64__)
+  emulator_switch(&block->host_stack_pointer, to.stack_pointer);
+#else
+  swapcontext(&block->host_context, &to.context);
+#endif
+  arrive(block->host_fake_stack, nullptr, nullptr);
+}
+
+[[noreturn]] void to_host() {
+  Fiber& from = self();
+  leave(nullptr, block->host_stack, block->host_stack_size);
+#if defined(__x86_64__)
+  emulator_switch(&from.stack_pointer, block->host_stack_pointer);
+#else
+  swapcontext(&from.context, &block->host_context);
+#endif
+  abort();
+}
+
+// ---- errors ------------------------------------------------------------------------------------------------------------------------------------
+
+// "threads 0-31, 40 in shuffle_xor at prepass.cuh:12", one line per place.
+void describe(char*& end, char* limit) {
+  std::vector<Fiber>& fibers = block->machine->fibers;
+  const int n = block->launch->threads;
+  std::vector<bool> told(n);
+  for (int i = 0; i < n; i++) {
+    if (told[i]) continue;
+    auto same = [&](int j) {
+      const Fiber &a = fibers[i], &b = fibers[j];
+      return a.state == b.state && (a.state == kEnded || (a.kind == b.kind && a.site.line == b.site.line && a.site.file == b.site.file));
+    };
+    end += std::max(0, snprintf(end, limit - end, "\n  threads"));
+    for (int j = i; j < n && limit - end > 200; j++) {
+      if (told[j] || !same(j)) continue;
+      int last = j;
+      while (last + 1 < n && same(last + 1)) last++;
+      for (int k = j; k <= last; k++) told[k] = true;
+      end += last > j ? snprintf(end, limit - end, " %d-%d", j, last) : snprintf(end, limit - end, " %d", j);
+      j = last;
+    }
+    if (limit - end <= 200) return;
+    const Fiber& f = fibers[i];
+    if (f.state == kEnded)
+      end += snprintf(end, limit - end, " have ended");
+    else if (!f.site.file)
+      end += snprintf(end, limit - end, " run and have not waited yet");
+    else
+      end += snprintf(end, limit - end, " %s %s at %s:%d", f.state == kWaiting ? "wait in" : "run, last seen in", kNames[f.kind], base_name(f.site.file), f.site.line);
+  }
+}
+
+void write_error(const char* format, va_list arguments) {
+  char *end = block->error, *limit = block->error + sizeof block->error;
+  end += snprintf(end, limit - end, "%s, block %ld", block->launch->kernel->name, (long)block->id);
+  if (current) end += snprintf(end, limit - end, ", thread %d", current->thread);
+  end += snprintf(end, limit - end, ": ");
+  end += std::min<int>(1000, vsnprintf(end, 1000, format, arguments));
+  describe(end, limit);
+}
+
+[[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  write_error(format, arguments);
+  va_end(arguments);
+  to_host();
+}
+
+[[noreturn]] __attribute__((format(printf, 1, 2))) void escape(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  write_error(format, arguments);
+  va_end(arguments);
+  siglongjmp(block->escape, 1);
+}
+
+struct sigaction previous_fault[2], previous_limit;
+
+void on_fault(int number, siginfo_t* info, void*) {
+  if (!block) {  // not ours
+    sigaction(number, &previous_fault[number == SIGBUS], nullptr);
+    return;  // the instruction faults again
+  }
+  char* at = static_cast<char*>(info->si_addr);
+  Machine& m = *block->machine;
+  char *shared_end = block->shared + block->launch->shared, *pages = m.shared_pages;
+  size_t span = kPage + (kSharedLimit + kPage - 1) / kPage * kPage;
+  if (current && at >= m.stacks && at < m.stacks + kMaxThreads * kStack) escape("stack overflow");
+  if (at >= pages + span && at < pages + span + kPage) escape("access %ld bytes past the end of shared memory (%ld bytes)", (long)(at - shared_end), (long)block->launch->shared);
+  if (at >= pages && at < pages + kPage) escape("access %ld bytes before shared memory", (long)(block->shared - at));
+  escape("access to memory that does not exist (%p), or a misaligned one", (void*)at);
+}
+
+void on_limit(int) {
+  if (block) escape("no end after %g s", block->launch->limit);
+}
+
+// ---- scheduling --------------------------------------------------------------------------------------------------------------------------------
+
+uint32_t permuted(uint32_t lanes, uint32_t order) {
+  if (order & 1) lanes = (lanes & 0x55555555u) << 1 | (lanes >> 1 & 0x55555555u);
+  if (order & 2) lanes = (lanes & 0x33333333u) << 2 | (lanes >> 2 & 0x33333333u);
+  if (order & 4) lanes = (lanes & 0x0f0f0f0fu) << 4 | (lanes >> 4 & 0x0f0f0f0fu);
+  if (order & 8) lanes = (lanes & 0x00ff00ffu) << 8 | (lanes >> 8 & 0x00ff00ffu);
+  if (order & 16) lanes = lanes << 16 | lanes >> 16;
+  return lanes;
+}
+
+int random_warp() {
+  uint32_t ready = block->ready_warps;
+  for (int skip = draw() % __builtin_popcount(ready); skip; skip--) ready &= ready - 1;
+  return __builtin_ctz(ready);
+}
+
+// Gives the processor to another thread that can go on, and returns when this one may.
+void yield(Fiber& me, int warp, bool turn_over) {
+  if (turn_over || !block->machine->warps[warp].ready) {
+    if (!block->ready_warps) fail("no thread can go on");
+    warp = random_warp();
+    if (block->slice) block->machine->warps[warp].slice = 1 + draw() % block->slice;
+  }
+  Warp& w = block->machine->warps[warp];
+  int lane = __builtin_ctz(permuted(w.ready, w.order)) ^ w.order;
+  w.ready &= ~(1u << lane);
+  if (!w.ready) block->ready_warps &= ~(1u << warp);
+  Fiber& to = block->machine->fibers[warp * 32 + lane];
+  if (&to != &me) to_fiber(me, to);
+}
+
+void make_ready(int warp, uint32_t lanes) {
+  Warp& w = block->machine->warps[warp];
+  w.ready |= lanes;
+  if (w.ready) block->ready_warps |= 1u << warp;
+  for (; lanes; lanes &= lanes - 1) block->machine->fibers[warp * 32 + __builtin_ctz(lanes)].state = kRunning;
+}
+
+void wait(Fiber& me, Kind kind, Site at) {
+  me.kind = kind;
+  me.site = at;
+  me.state = kWaiting;
+}
+
+// ---- what the last lane computes ---------------------------------------------------------------------------------------------------------------
+
+struct Tables {
+  float s8[256], u8[256], e4m3[256];
+  Tables() {
+    for (int i = 0; i < 256; i++) {
+      s8[i] = (int8_t)i;
+      u8[i] = i;
+      int exponent = i >> 3 & 15, mantissa = i & 7;
+      float magnitude = exponent ? __builtin_ldexpf(8 + mantissa, exponent - 10) : __builtin_ldexpf(mantissa, -9);
+      if ((i & 127) == 127) magnitude = __builtin_nanf("");
+      e4m3[i] = i & 128 ? -magnitude : magnitude;
+    }
+  }
+} const tables;
+
+// In fp32 for all formats: the integer sums stay below 2 ** 24, where fp32 is exact.
+template <int kK>
+void product(float (&sum)[16][8], const float (&a)[16][kK], const float (&b)[kK][8]) {
+  for (int m = 0; m < 16; m++) {
+    float row[8] = {};
+    for (int k = 0; k < kK; k++)
+      for (int n = 0; n < 8; n++) row[n] += a[m][k] * b[k][n];
+    for (int n = 0; n < 8; n++) sum[m][n] = row[n];
+  }
+}
+
+void multiply_bytes(const Warp& w, const float* a_table, const float* b_table, float (&sum)[16][8]) {
+  float a[16][32], b[32][8];
+  for (int lane = 0; lane < 32; lane++) {
+    const uint32_t* in = w.operands[lane];
+    int g = lane >> 2, k = 4 * (lane & 3);
+    for (int i = 0; i < 4; i++) {
+      a[g][k + i] = a_table[in[0] >> 8 * i & 255];
+      a[g + 8][k + i] = a_table[in[1] >> 8 * i & 255];
+      a[g][k + 16 + i] = a_table[in[2] >> 8 * i & 255];
+      a[g + 8][k + 16 + i] = a_table[in[3] >> 8 * i & 255];
+      b[k + i][g] = b_table[in[4] >> 8 * i & 255];
+      b[k + 16 + i][g] = b_table[in[5] >> 8 * i & 255];
+    }
+  }
+  product(sum, a, b);
+}
+
+void multiply_halves(const Warp& w, float (&sum)[16][8]) {
+  float a[16][16], b[16][8];
+  for (int lane = 0; lane < 32; lane++) {
+    const uint32_t* in = w.operands[lane];
+    int g = lane >> 2, k = 2 * (lane & 3);
+    for (int i = 0; i < 2; i++) {
+      a[g][k + i] = half_to_float(in[0] >> 16 * i);
+      a[g + 8][k + i] = half_to_float(in[1] >> 16 * i);
+      a[g][k + 8 + i] = half_to_float(in[2] >> 16 * i);
+      a[g + 8][k + 8 + i] = half_to_float(in[3] >> 16 * i);
+      b[k + i][g] = half_to_float(in[4] >> 16 * i);
+      b[k + 8 + i][g] = half_to_float(in[5] >> 16 * i);
+    }
+  }
+  product(sum, a, b);
+}
+
+template <class Add>
+void accumulate(Warp& w, const float (&sum)[16][8], Add add) {
+  for (int lane = 0; lane < 32; lane++)
+    for (int i = 0; i < 4; i++) w.results[lane][i] = add(w.operands[lane][6 + i], sum[(lane >> 2) + 8 * (i >> 1)][2 * (lane & 3) + (i & 1)]);
+}
+
+uint32_t add_int(uint32_t c, float sum) { return c + (uint32_t)(int)sum; }
+uint32_t add_float(uint32_t c, float sum) { return as_bits(as_float(c) + sum); }
+
+void load_matrices(Warp& w, bool transposed) {
+  for (int m = 0; m < 4; m++) {
+    uint16_t rows[8][8];
+    for (int r = 0; r < 8; r++) memcpy(rows[r], block->shared + w.operands[8 * m + r][0], 16);
+    for (int lane = 0; lane < 32; lane++) {
+      int i = lane >> 2, j = 2 * (lane & 3);
+      w.results[lane][m] = transposed ? rows[j][i] | (uint32_t)rows[j + 1][i] << 16 : rows[i][j] | (uint32_t)rows[i][j + 1] << 16;
+    }
+  }
+}
+
+void complete(Warp& w, Kind kind) {
+  float sum[16][8];
+  switch (kind) {
+    case kShuffleXor:
+      for (int lane = 0; lane < 32; lane++) w.results[lane][0] = w.operands[lane ^ w.operands[lane][1]][0];
+      return;
+    case kShuffle:
+      for (int lane = 0; lane < 32; lane++) w.results[lane][0] = w.operands[w.operands[lane][1]][0];
+      return;
+    case kShuffleUp:
+      for (int lane = 0; lane < 32; lane++) {
+        int from = lane - (int)w.operands[lane][1];
+        w.results[lane][0] = w.operands[from < 0 ? lane : from][0];
+      }
+      return;
+    case kAnyLane:
+    case kVote: {
+      uint32_t votes = 0;
+      for (int lane = 0; lane < 32; lane++) votes |= w.operands[lane][0] << lane;
+      for (int lane = 0; lane < 32; lane++) w.results[lane][0] = votes;
+      return;
+    }
+    case kLoadMatrix:
+    case kLoadMatrixTransposed: return load_matrices(w, kind == kLoadMatrixTransposed);
+    case kMmaS8S8:
+      multiply_bytes(w, tables.s8, tables.s8, sum);
+      return accumulate(w, sum, add_int);
+    case kMmaU8S8:
+      multiply_bytes(w, tables.u8, tables.s8, sum);
+      return accumulate(w, sum, add_int);
+    case kMmaE4m3:
+      multiply_bytes(w, tables.e4m3, tables.e4m3, sum);
+      return accumulate(w, sum, add_float);
+    case kMmaHalf:
+      multiply_halves(w, sum);
+      return accumulate(w, sum, add_float);
+    default: return;
+  }
+}
+
+void check_shared(uint32_t shared, Site at) {
+  if (shared % 16) fail("shared address %u is not aligned to 16 bytes at %s:%d", shared, base_name(at.file), at.line);
+  if ((int64_t)shared + 16 > block->launch->shared)
+    fail("shared address %u lies past the end of shared memory (%ld bytes) at %s:%d", shared, (long)block->launch->shared, base_name(at.file), at.line);
+}
+
+void land(const Copy& c) { memcpy(block->shared + c.shared, c.global, 16); }
+
+// ---- a thread, a block, a launch ---------------------------------------------------------------------------------------------------------------
+
+void end_thread() {
+  Fiber& me = self();
+  Warp& w = warp_of(me);
+  int lane = me.api.thread & 31, warp = me.api.thread >> 5;
+  me.state = kEnded;
+  if (w.waiting) fail("ended while lanes of its warp wait for it");
+  if (block->arrived) fail("ended while other threads wait in sync_block");
+  w.ended |= 1u << lane;
+  if (++block->ended == block->launch->threads) to_host();
+  yield(me, warp, false);
+  abort();
+}
+
+void first_step() {
+  if (block->host_stack)
+    arrive(nullptr, nullptr, nullptr);
+  else
+    arrive(nullptr, &block->host_stack, &block->host_stack_size);
+  block->launch->kernel->thread(block->launch->params);
+  end_thread();
+}
+
+#if !defined(__x86_64__)
+void first_step_of_context() { first_step(); }
+#endif
+
+void prepare(Fiber& f, int thread, Warp& w, size_t used) {
+  f.api = {thread, w.operands[thread & 31], w.results[thread & 31]};
+  f.state = kRunning;
+  f.kind = kSyncBlock;
+  f.site = {};
+  f.fake_stack = nullptr;
+  f.copies = f.group = f.first_group = 0;
+#if SANITIZED
+  __asan_unpoison_memory_region(f.stack + kStack - used, used);  // frames that a thread left behind
+#else
+  (void)used;
+#endif
+  // Stacks that start at the same place in a page would share few cache lines.
+  char* top = f.stack + kStack - thread * 192 % kPage;
+#if defined(__x86_64__)
+  void** sp = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(top) & ~uintptr_t(15)) - 8);
+  *sp = nullptr;  // the return address of first_step, which never returns
+  *--sp = reinterpret_cast<void*>(first_step);
+  for (int i = 0; i < 6; i++) *--sp = nullptr;
+  f.stack_pointer = sp;
+#else
+  getcontext(&f.context);
+  f.context.uc_stack.ss_sp = f.stack + kPage;
+  f.context.uc_stack.ss_size = top - f.stack - kPage;
+  f.context.uc_link = nullptr;
+  makecontext(&f.context, first_step_of_context, 0);
+#endif
+}
+
+void run_block(Launch& launch, Machine& machine, int64_t id) {
+  Block b{};
+  b.launch = &launch;
+  b.machine = &machine;
+  b.id = id;
+  b.random = launch.seed * 0x2545f4914f6cdd1dull + id * 0x9e3779b97f4a7c15ull;
+  size_t size = launch.shared, pages = (kSharedLimit + kPage - 1) / kPage * kPage, slack = -size & 127;
+#if SANITIZED
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 128, size ? size : 1)) abort();
+  b.shared = static_cast<char*>(memory);
+  if (!size) __asan_poison_memory_region(memory, 1);
+  (void)pages, (void)slack;
+#else
+  char* end = machine.shared_pages + kPage + pages;
+  b.shared = end - size - slack;
+  char* start = machine.shared_pages + kPage + (pages - size - slack) / kPage * kPage;
+  memset(start, kRedzone, b.shared - start);
+  memset(b.shared + size, kRedzone, slack);
+#endif
+  memset(b.shared, kPoison, size);
+  block = &b;
+  current = nullptr;
+  const int slices[] = {0, 0, 1, 4, 32};
+  b.slice = slices[draw() % 5];
+  b.late = launch.seed % 2 == 0;
+  const size_t used = machine.left_midway ? kStack - kPage : 16 << 10;
+  for (int warp = 0; warp < launch.threads / 32; warp++) {
+    Warp& w = machine.warps[warp];
+    w = {};
+    w.order = draw() & 31;
+    w.slice = 1;
+    w.ready = ~0u;
+    b.ready_warps |= 1u << warp;
+    for (int lane = 0; lane < 32; lane++) prepare(machine.fibers[warp * 32 + lane], warp * 32 + lane, w, used);
+  }
+  if (!sigsetjmp(b.escape, 1)) {
+    int warp = random_warp();
+    Warp& w = machine.warps[warp];
+    w.ready &= ~1u;
+    enter(machine.fibers[warp * 32]);
+#if !SANITIZED
+    if (!b.error[0]) {
+      current = nullptr;
+      for (char* p = start; p < end; p++) {
+        bool ours = p >= b.shared && p < b.shared + size;
+        if (ours || (unsigned char)*p == kRedzone) continue;
+        snprintf(b.error, sizeof b.error, "%s, block %ld: wrote outside shared memory (%ld bytes), at offset %ld", launch.kernel->name, (long)id, (long)size, (long)(p - b.shared));
+        break;
+      }
+    }
+#endif
+  }
+  block = nullptr;
+  current = nullptr;
+#if SANITIZED
+  free(memory);
+#endif
+  machine.left_midway = b.error[0] != 0;
+  if (b.error[0]) {
+    std::lock_guard<std::mutex> lock(launch.mutex);
+    if (launch.error.empty()) launch.error = b.error;
+    launch.failed = true;
+  }
+}
+
+std::mutex pool_mutex;
+std::vector<Machine*> pool;
+
+char* map(size_t size) {
+  void* p = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) abort();
+  return static_cast<char*>(p);
+}
+
+Machine* take_machine() {
+  {
+    std::lock_guard<std::mutex> lock(pool_mutex);
+    if (!pool.empty()) {
+      Machine* m = pool.back();
+      pool.pop_back();
+      return m;
+    }
+  }
+  Machine* m = new Machine;
+  m->stacks = map(kMaxThreads * kStack);
+  m->fibers.resize(kMaxThreads);
+  m->warps.resize(kMaxThreads / 32);
+  for (int i = 0; i < kMaxThreads; i++) {
+    m->fibers[i].stack = m->stacks + i * kStack;
+    mprotect(m->fibers[i].stack, kPage, PROT_NONE);
+  }
+  size_t pages = (kSharedLimit + kPage - 1) / kPage * kPage;
+  m->shared_pages = map(pages + 2 * kPage);
+  mprotect(m->shared_pages, kPage, PROT_NONE);
+  mprotect(m->shared_pages + kPage + pages, kPage, PROT_NONE);
+  m->signal_stack = map(64 << 10);
+  return m;
+}
+
+void work(Launch& launch) {
+  Machine* machine = take_machine();
+  stack_t mine = {}, before = {};
+  mine.ss_sp = machine->signal_stack;
+  mine.ss_size = 64 << 10;
+  sigaltstack(&mine, &before);
+  for (int64_t i; !launch.failed && (i = launch.next++) < launch.grid;) run_block(launch, *machine, launch.order[i]);
+  sigaltstack(&before, nullptr);
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  pool.push_back(machine);
+}
+
+// Interrupts the workers once the launch has taken too long.
+struct Watch {
+  std::vector<pthread_t> workers;
+  std::mutex mutex;
+  std::condition_variable over;
+  bool done = false;
+  std::thread thread;
+  Watch(Launch& launch, std::vector<pthread_t> threads) : workers(std::move(threads)) {
+    thread = std::thread([this, &launch] {
+      std::unique_lock<std::mutex> lock(mutex);
+      auto limit = std::chrono::duration<double>(launch.limit);
+      if (over.wait_for(lock, limit, [this] { return done; })) return;
+      do {  // again for a worker that was between two blocks
+        for (pthread_t worker : workers) pthread_kill(worker, SIGUSR2);
+      } while (!over.wait_for(lock, std::chrono::milliseconds(200), [this] { return done; }));
+    });
+  }
+  ~Watch() {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      done = true;
+    }
+    over.notify_one();
+    thread.join();
+  }
+};
+
+}  // namespace
+
+__thread Thread* current;
+
+// ---- what prim.cuh calls -----------------------------------------------------------------------------------------------------------------------
+
+int64_t block_id() { return block->id; }
+int64_t grid_size() { return block->launch->grid; }
+char* shared_memory() { return block->shared; }
+uint32_t shared_address(const void* pointer) {
+  int64_t offset = static_cast<const char*>(pointer) - block->shared;
+  if (offset < 0 || offset > block->launch->shared) fail("shared_address of a pointer %ld bytes from shared memory (%ld bytes)", (long)offset, (long)block->launch->shared);
+  return offset;
+}
+
+void refuse(const char* rule, double value, Site at) { fail("%s, got %.9g at %s:%d", rule, value, base_name(at.file), at.line); }
+
+void sync_block(Site at) {
+  Fiber& me = self();
+  Warp& w = warp_of(me);
+  wait(me, kSyncBlock, at);
+  if (w.waiting) fail("in sync_block while lanes of its warp wait for it elsewhere");
+  if (block->ended) fail("in sync_block, which threads that have ended cannot reach");
+  if (block->arrived && (block->barrier_site.line != at.line || block->barrier_site.file != at.file)) fail("in another sync_block than the threads before it");
+  block->barrier_site = at;
+  w.at_barrier |= 1u << (me.api.thread & 31);
+  int warp = me.api.thread >> 5, warps = block->launch->threads >> 5;
+  if (++block->arrived == block->launch->threads) {
+    block->arrived = 0;
+    for (int i = 0; i < warps; i++) {
+      block->machine->warps[i].at_barrier = 0;
+      block->machine->warps[i].order = draw() & 31;
+      make_ready(i, ~0u);
+    }
+    return yield(me, warp, true);
+  }
+  yield(me, warp, false);
+}
+
+void collective(Kind kind, Site at) {
+  Fiber& me = self();
+  Warp& w = warp_of(me);
+  int warp = me.api.thread >> 5;
+  uint32_t lane = me.api.thread & 31;
+  wait(me, kind, at);
+  if (w.ended) fail("in %s, which lanes of its warp that have ended cannot reach", kNames[kind]);
+  if (w.at_barrier) fail("in %s while lanes of its warp wait in sync_block", kNames[kind]);
+  if (w.waiting && (w.kind != kind || w.site.line != at.line || w.site.file != at.file)) fail("lanes of one warp in different places");
+  if (kind >= kShuffleXor && kind <= kShuffleUp && w.operands[lane][1] > 31u)
+    fail("%s with lane, mask or delta %d at %s:%d", kNames[kind], (int)w.operands[lane][1], base_name(at.file), at.line);
+  if (kind == kLoadMatrix || kind == kLoadMatrixTransposed) check_shared(w.operands[lane][0], at);
+  w.kind = kind;
+  w.site = at;
+  w.waiting |= 1u << lane;
+  if (w.waiting != ~0u) return yield(me, warp, false);
+  complete(w, kind);
+  w.waiting = 0;
+  w.order = draw() & 31;
+  me.state = kRunning;
+  make_ready(warp, ~(1u << lane));
+  if (block->slice && --w.slice <= 0) {
+    make_ready(warp, 1u << lane);
+    yield(me, warp, true);
+  }
+}
+
+void copy_async(uint32_t shared, const void* global, Site at) {
+  Fiber& me = self();
+  check_shared(shared, at);
+  if (reinterpret_cast<uintptr_t>(global) % 16) fail("copy_async_16 from address %p, which is not aligned to 16 bytes, at %s:%d", global, base_name(at.file), at.line);
+  memset(block->shared + shared, kPoison, 16);
+  Copy c{shared, me.group, global};
+  if (!block->late && draw() & 1) return land(c);
+  if (me.copies == kMaxCopies) fail("more than %d copies of one thread under way", kMaxCopies);
+  me.copy[me.copies++] = c;
+}
+
+void copy_async_commit() { self().group++; }
+
+void copy_async_wait(int pending) {
+  Fiber& me = self();
+  int landed = 0;
+  while (landed < me.copies && me.copy[landed].group < me.group - pending) land(me.copy[landed++]);
+  me.copies -= landed;
+  memmove(me.copy, me.copy + landed, me.copies * sizeof(Copy));
+}
+
+}  // namespace emulator
+
+using namespace emulator;
+
+// Runs every block of the grid. Returns 0, or 1 with a text in `error`.
+extern "C" __attribute__((visibility("default"))) int emulator_launch(const Kernel* kernel, int64_t grid, int threads, int64_t shared, const void* params,
+                                                                      int64_t params_size, uint64_t seed, int workers, double limit, char* error,
+                                                                      int64_t error_size) {
+  auto refused = [&](const char* what) {
+    snprintf(error, error_size, "%s: %s", kernel->name, what);
+    return 1;
+  };
+  if (params_size != kernel->params_size) return refused("the struct has another size in Python than in the kernel");
+  if (threads < 32 || threads % 32 || threads > kernel->threads || threads > kMaxThreads) return refused("threads must be a multiple of 32 within the kernel's bound");
+  if (shared < 0 || shared > (int64_t)kSharedLimit) return refused("more shared memory than any device has");
+  if (grid < 1 || grid > 0x7fffffff) return refused("grid must be in 1..2147483647");
+  Launch launch;
+  launch.kernel = kernel;
+  launch.grid = grid;
+  launch.shared = shared;
+  launch.threads = threads;
+  launch.params = params;
+  launch.seed = seed;
+  launch.limit = limit;
+  launch.order.resize(grid);
+  for (int64_t i = 0; i < grid; i++) launch.order[i] = i;
+  for (int64_t i = grid - 1; i > 0; i--) {
+    seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+    std::swap(launch.order[i], launch.order[(seed >> 33) % (i + 1)]);
+  }
+#if !SANITIZED  // AddressSanitizer tells more about a fault than we can
+  struct sigaction fault = {}, late = {};
+  fault.sa_sigaction = on_fault;
+  fault.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+  sigaction(SIGSEGV, &fault, &previous_fault[0]);
+  sigaction(SIGBUS, &fault, &previous_fault[1]);
+  late.sa_handler = on_limit;
+  late.sa_flags = SA_ONSTACK;
+  sigaction(SIGUSR2, &late, &previous_limit);
+#endif
+  {
+    std::vector<std::thread> others;
+    std::vector<pthread_t> ids = {pthread_self()};
+    for (int i = 1; i < std::min<int64_t>(workers, grid); i++) {
+      others.emplace_back([&] { work(launch); });
+      ids.push_back(others.back().native_handle());
+    }
+#if !SANITIZED
+    Watch watch(launch, ids);
+#endif
+    work(launch);
+    for (std::thread& t : others) t.join();
+  }
+#if !SANITIZED
+  sigaction(SIGSEGV, &previous_fault[0], nullptr);
+  sigaction(SIGBUS, &previous_fault[1], nullptr);
+  sigaction(SIGUSR2, &previous_limit, nullptr);
+#endif
+  if (!launch.failed) return 0;
+  snprintf(error, error_size, "%s", launch.error.c_str());
+  return 1;
+}
