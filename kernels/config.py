@@ -59,16 +59,17 @@ def variants(arch: str) -> tuple[Variant, ...]:
     found = []
     for dim in DIMS:
         for i, dtype in enumerate(DTYPES):
-            found.append(
-                Variant(prepass_name(dim, dtype), "prepass.cuh", ("sparge_statistics", "sparge_prepass"), (("SPARGE_DIM", dim), ("SPARGE_INPUT", i)), 0, 0)
-            )
+            defines, symbols = (("SPARGE_DIM", dim), ("SPARGE_INPUT", i)), ("sparge_statistics", "sparge_prepass")
+            found.append(Variant(prepass_name(dim, dtype), "prepass.cuh", symbols, defines, prepass_shared(dim), 0))
         found.append(Variant(select_name(dim), "select.cuh", ("sparge_select",), (("SPARGE_DIM", dim),), 0, 0))
         for i, pv in enumerate(PV):
             for masked in (False, True):
                 if pv != "fp8" or fp8:
                     defines = (("SPARGE_DIM", dim), ("SPARGE_PV", i), ("SPARGE_MASKED", int(masked)))
                     found.append(
-                        Variant(attention_name(dim, pv, masked), "attention_mma.cuh", ("sparge_attention_mma",), defines, attention_shared(dim, pv), 64)
+                        Variant(
+                            attention_name(dim, pv, masked), "attention_mma.cuh", ("sparge_attention_mma",), defines, attention_shared(dim, pv), 64
+                        )
                     )
     return tuple(found)
 
@@ -85,6 +86,11 @@ def padded_dim(dim: int) -> int:
 
 def prepass_name(dim: int, dtype: str) -> str:
     return f"prepass_d{dim}_{dtype}"
+
+
+def prepass_shared(dim: int) -> int:
+    """Bytes of shared memory of the statistics and the pre-pass kernel (KeyShared of prepass.cuh, which checks it)."""
+    return 204 * dim + 288
 
 
 def select_name(dim: int) -> str:

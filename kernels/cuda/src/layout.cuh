@@ -28,7 +28,7 @@ struct Strides {
 
 // 8-bit V is stored per key block as [E][64 keys], the keys of every 16 permuted so that the accumulator of Q K^T is the operand of P V without a
 // shuffle: position 4t + e of a group of 16 holds key 2t + (e & 1) + 8 (e >> 1).
-constexpr int key_at_position(int position) {
+DEVICE constexpr int key_at_position(int position) {
   return (position & ~15) | (2 * ((position & 15) >> 2)) | (position & 1) | (((position >> 1) & 1) << 3);
 }
 
