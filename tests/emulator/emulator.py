@@ -103,7 +103,7 @@ def fields_of(layout: str) -> dict[str, list[str]]:
 
 
 def _unit(source: str, layout: str | None) -> str:
-    lines = [f"#include <{source}>", "struct Field { const char *owner, *name; int64_t offset, size; };"]
+    lines = ["#include <prim.cuh>", f"#include <{source}>", "struct Field { const char *owner, *name; int64_t offset, size; };"]
     lines += ['extern "C" __attribute__((visibility("default"))) const Field emulator_fields[] = {']
     for struct, names in fields_of(layout or "").items():
         lines += [f'  {{"{struct}", "", 0, sizeof({struct})}},']

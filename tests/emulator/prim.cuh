@@ -1,5 +1,6 @@
 // The instructions of kernels/cuda/src/prim.cuh for the CPU: the same functions, found first on the include path. Their comments stand there;
-// here stands only what differs. Where a comment there sets a condition ("must lie in", "exact for"), breaking it is an error here.
+// here stands only what differs. Where a comment there sets a condition ("must lie in", "exact for"), breaking it is an error here;
+// so is a lane, mask or delta outside 0..31, which the device would wrap.
 #pragma once
 
 typedef signed char int8_t;
