@@ -3,6 +3,9 @@
 // so is a lane, mask or delta outside 0..31, which the device would wrap.
 #pragma once
 
+// What the kernels compile for: an arch that has every function of prim.cuh.
+#define __CUDA_ARCH__ 890
+
 typedef signed char int8_t;
 typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;
@@ -12,6 +15,8 @@ typedef long int64_t;
 typedef unsigned long uint64_t;
 
 #include "runtime.h"
+
+#define __CUDA_ARCH__ 890  // the first one that has every function
 
 // The thread's function takes the struct by reference: const for all threads, as a grid constant is.
 #define KERNEL(name, threads, Params)                                                                                            \
