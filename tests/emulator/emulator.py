@@ -20,6 +20,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -35,8 +37,14 @@ FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 KERNEL_FLAGS = ("-ftrivial-auto-var-init=pattern", "-Werror=return-type")
 SANITIZE_FLAGS = ("-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 SANITIZED_EXIT = 99
+KEPT_DAYS = 7
+"""How long the cache keeps a build that nobody uses."""
 GUARD = 4096
 """Bytes of the sentinels before and after a guarded tensor."""
+
+
+class BuildError(Exception):
+    """g++ refuses the sources."""
 
 
 def sanitised() -> bool:
@@ -67,8 +75,12 @@ def _build(name: str, flags: tuple[str, ...], files: dict[str, str], unit: str, 
     key = hashlib.sha256(repr((flags, sorted(files.items()), unit)).encode()).hexdigest()[:20]
     target = CACHE / f"{name}-{key}{suffix}"
     if target.exists():
+        os.utime(target)
         return target
     CACHE.mkdir(exist_ok=True)
+    for old in CACHE.iterdir():
+        if time.time() - old.stat().st_mtime > KEPT_DAYS * 86400:
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="build-") as folder:
         for file, text in files.items():
             path = Path(folder, file)
@@ -76,7 +88,7 @@ def _build(name: str, flags: tuple[str, ...], files: dict[str, str], unit: str, 
             path.write_text(text)
         done = subprocess.run([compiler(), *flags, unit, "-o", "built"], cwd=folder, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"g++ refuses {name}:\n{done.stderr[-20000:]}")
+            raise BuildError(f"g++ refuses {name}:\n{done.stderr[-20000:]}")
         os.replace(Path(folder, "built"), target)
     return target
 
@@ -176,7 +188,6 @@ class Library:
         return found
 
 
-@functools.cache
 def library(variant, *, sanitize: bool = False, replace: tuple[tuple[str, str], ...] = ()) -> Library:
     """The build of one variant for this CPU, from the cache where it is there.
 
@@ -192,14 +203,34 @@ def library(variant, *, sanitize: bool = False, replace: tuple[tuple[str, str], 
     sanitize = sanitize or sanitised()
     if sanitize and not sanitised():
         raise RuntimeError("a sanitised build can only be loaded by a process that run_sanitised started")
+    return _library(variant, sanitize, tuple(replace), tuple(_alterations))
+
+
+_alterations: list[tuple[str, str, str]] = []
+
+
+@contextmanager
+def altered(file: str, old: str, new: str):
+    """Within, every library that is made of `file` of kernels/cuda/src has `new` in place of `old`, which must be there exactly once."""
+    _alterations.append((file, old, new))
+    try:
+        yield
+    finally:
+        _alterations.pop()
+
+
+@functools.cache
+def _library(variant, sanitize: bool, replace: tuple[tuple[str, str], ...], alterations: tuple[tuple[str, str, str], ...]) -> Library:
     flags = (*FLAGS, *_machine_flags(), *(SANITIZE_FLAGS if sanitize else ()))
     interface = {f"host/{name}": (HERE / name).read_text() for name in ("prim.cuh", "runtime.h")}
     runtime_files = {**interface, "host/runtime.cpp": (HERE / "runtime.cpp").read_text()}
     runtime = _build("runtime", (*flags, "-O3", "-c"), runtime_files, "host/runtime.cpp", ".o")
     source = SOURCES / variant.source
     texts = {name: path.read_text() for name, path in _closure(source).items()}
-    for old, new in replace:
-        places = [name for name, text in texts.items() for _ in range(text.count(old))]
+    changes = [(set(texts), old, new) for old, new in replace]
+    changes += [({file}, old, new) for file, old, new in alterations if file in texts]
+    for where, old, new in changes:
+        places = [name for name in where for _ in range(texts[name].count(old))]
         if len(places) != 1:
             raise ValueError(f"the text to replace must be in the sources of {variant.name} exactly once, got {len(places)} in {places}: {old!r}")
         texts[places[0]] = texts[places[0]].replace(old, new)

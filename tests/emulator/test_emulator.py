@@ -364,7 +364,8 @@ def test_same_functions_as_the_device():
             r"(template <[^>]*>\s*)?^DEVICE ([\w*]+ \w+)\(((?:[^()]|\([^()]*\))*)\)\s*\{", text, re.MULTILINE
         ):
             functions.add((" ".join(template.split()), head, " ".join(arguments.split())))
-        return functions, set(re.findall(r"#define (\w+)", text)) - {"SITE", "__CUDA_ARCH__"}, set(re.findall(r"struct alignas\(\d+\) \w+ \{[^}]*\};", text))
+        macros = set(re.findall(r"#define (\w+)", text)) - {"SITE", "__CUDA_ARCH__"}
+        return functions, macros, set(re.findall(r"struct alignas\(\d+\) \w+ \{[^}]*\};", text))
 
     device, host = interface(emulator.SOURCES / "prim.cuh"), interface(emulator.HERE / "prim.cuh")
     assert len(device[0]) > 50, "the pattern finds the functions"
@@ -382,7 +383,7 @@ def test_replacements_must_match_once():
 
 
 def test_a_source_that_does_not_compile():
-    with pytest.raises(RuntimeError, match=r"(?s)g\+\+ refuses broken.*error"):
+    with pytest.raises(emulator.BuildError, match=r"(?s)g\+\+ refuses broken.*error"):
         emulator.library(Source("broken", str(emulator.HERE / "samples.cuh")), replace=(("struct SampleParams {", "struct SampleParams"),))
 
 
