@@ -133,11 +133,8 @@ class Library:
     def __init__(self, path: Path, shared: int = 0):
         self.path = path
         self._shared = shared
+        self._launch = _runtime()
         self._dll = ctypes.CDLL(str(path))
-        pointer, long = ctypes.c_void_p, ctypes.c_int64
-        self._launch = self._dll.emulator_launch
-        what, how = [pointer, long, ctypes.c_int, long, pointer, long], [ctypes.c_uint64, ctypes.c_int, ctypes.c_double]
-        self._launch.argtypes = [*what, *how, ctypes.c_char_p, long]
 
     def launch(
         self, symbol: str, grid: int, params: ctypes.Structure, *, shared: int = 0, threads: int = 256, seed: int = 0, limit: float = 120.0
@@ -200,10 +197,9 @@ def library(variant, *, sanitize: bool = False, replace: tuple[tuple[str, str], 
     replace : tuple of (old, new)
         Changes to the text of the sources; each `old` must be there exactly once.
     """
-    sanitize = sanitize or sanitised()
     if sanitize and not sanitised():
         raise RuntimeError("a sanitised build can only be loaded by a process that run_sanitised started")
-    return _library(variant, sanitize, tuple(replace), tuple(_alterations))
+    return _library(variant, tuple(replace), tuple(_alterations))
 
 
 _alterations: list[tuple[str, str, str]] = []
@@ -220,11 +216,24 @@ def altered(file: str, old: str, new: str):
 
 
 @functools.cache
-def _library(variant, sanitize: bool, replace: tuple[tuple[str, str], ...], alterations: tuple[tuple[str, str, str], ...]) -> Library:
-    flags = (*FLAGS, *_machine_flags(), *(SANITIZE_FLAGS if sanitize else ()))
+def _runtime():
+    """The launch function of the runtime, which is loaded once and holds the stacks that all libraries' threads run on."""
+    files = {f"host/{name}": (HERE / name).read_text() for name in ("prim.cuh", "runtime.h", "runtime.cpp")}
+    path = _build("runtime", (*_flags(), "-O3", "-shared"), files, "host/runtime.cpp", ".so")
+    launch = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL).emulator_launch
+    pointer, long = ctypes.c_void_p, ctypes.c_int64
+    what, how = [pointer, long, ctypes.c_int, long, pointer, long], [ctypes.c_uint64, ctypes.c_int, ctypes.c_double]
+    launch.argtypes = [*what, *how, ctypes.c_char_p, long]
+    return launch
+
+
+def _flags() -> tuple[str, ...]:
+    return (*FLAGS, *_machine_flags(), *(SANITIZE_FLAGS if sanitised() else ()))
+
+
+@functools.cache
+def _library(variant, replace: tuple[tuple[str, str], ...], alterations: tuple[tuple[str, str, str], ...]) -> Library:
     interface = {f"host/{name}": (HERE / name).read_text() for name in ("prim.cuh", "runtime.h")}
-    runtime_files = {**interface, "host/runtime.cpp": (HERE / "runtime.cpp").read_text()}
-    runtime = _build("runtime", (*flags, "-O3", "-c"), runtime_files, "host/runtime.cpp", ".o")
     source = SOURCES / variant.source
     texts = {name: path.read_text() for name, path in _closure(source).items()}
     changes = [(set(texts), old, new) for old, new in replace]
@@ -236,7 +245,7 @@ def _library(variant, sanitize: bool, replace: tuple[tuple[str, str], ...], alte
         texts[places[0]] = texts[places[0]].replace(old, new)
     files = {**interface, **{f"source/{name}": text for name, text in texts.items()}, "unit.cpp": _unit(source.name, texts.get("layout.cuh"))}
     defines = tuple(f"-D{name}={value}" for name, value in variant.defines)
-    flags = (*flags, *KERNEL_FLAGS, *defines, "-shared", "-Ihost", "-Isource", str(runtime))
+    flags = (*_flags(), *KERNEL_FLAGS, *defines, "-shared", "-Ihost", "-Isource")
     return Library(_build(variant.name, flags, files, "unit.cpp", ".so"), variant.shared)
 
 

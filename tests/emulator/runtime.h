@@ -1,6 +1,7 @@
 // What prim.cuh asks of the emulator (runtime.cpp). Header-free like the device code, so that no host name can stand in for a missing one.
 #pragma once
 
+#pragma GCC visibility push(default)  // the runtime is a library of its own, shared by those of the kernels
 namespace emulator {
 
 // Where in a kernel's source a thread waits.
@@ -59,3 +60,4 @@ void copy_async_wait(int pending);
 [[noreturn]] void refuse(const char* rule, double value, Site at);
 
 }  // namespace emulator
+#pragma GCC visibility pop
