@@ -97,6 +97,18 @@ def select_name(dim: int) -> str:
     return f"select_d{dim}"
 
 
+SELECT_SHARED = 49 * 1024
+"""Bytes up to which the selection keeps its rows in shared memory: two of its blocks on an SM with 100 KB."""
+
+
+def select_shared(dim: int, n_k: int) -> tuple[int, bool]:
+    """Bytes of shared memory of the selection kernel over `n_k` key blocks, and whether its rows of ranks lie there (`row_in_shared`)."""
+    fixed = {64: 9648, 128: 5168}[dim]
+    rows = max(2 * 16384, THREADS // 32 * 4 * n_k)  # over the tiles of key pools
+    in_shared = fixed + rows <= SELECT_SHARED
+    return fixed + (rows if in_shared else 2 * 16384), in_shared
+
+
 def attention_name(dim: int, pv: str, masked: bool) -> str:
     return f"attention_mma_d{dim}_{pv}{'_masked' if masked else ''}"
 
