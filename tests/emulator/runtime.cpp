@@ -34,7 +34,10 @@
 #define SANITIZED 0
 #endif
 
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
+#define REGISTER_SWITCH 1
+#else  // any other processor: ten times slower, for a system call at every switch
+#define REGISTER_SWITCH 0
 #include <ucontext.h>
 #endif
 
@@ -65,7 +68,7 @@ struct Fiber {
   State state;
   Kind kind;  // what it waits in
   Site site;
-#if defined(__x86_64__)
+#if REGISTER_SWITCH
   void* stack_pointer;
 #else
   ucontext_t context;
@@ -125,7 +128,7 @@ struct Block {
   volatile Kind polling;
   sigjmp_buf escape;
   char error[4096];
-#if defined(__x86_64__)
+#if REGISTER_SWITCH
   void* host_stack_pointer;
 #else
   ucontext_t host_context;
@@ -154,7 +157,7 @@ const char* base_name(const char* path) {
 
 // ---- fibers ------------------------------------------------------------------------------------------------------------------------------------
 
-#if defined(__x86_64__)
+#if REGISTER_SWITCH
 extern "C" void emulator_switch(void** from, void* to);
 asm(R"(
 .text
@@ -199,7 +202,7 @@ void arrive(void* fake_stack, const void** from_bottom, size_t* from_size) {
 void to_fiber(Fiber& from, Fiber& to) {
   current = &to.api;
   leave(&from.fake_stack, to.stack + kPage, kStack - kPage);
-#if defined(__x86_64__)
+#if REGISTER_SWITCH
   emulator_switch(&from.stack_pointer, to.stack_pointer);
 #else
   swapcontext(&from.context, &to.context);
@@ -211,7 +214,7 @@ void to_fiber(Fiber& from, Fiber& to) {
 void enter(Fiber& to) {
   current = &to.api;
   leave(&block->host_fake_stack, to.stack + kPage, kStack - kPage);
-#if defined(__x86_64__)
+#if REGISTER_SWITCH
   emulator_switch(&block->host_stack_pointer, to.stack_pointer);
 #else
   swapcontext(&block->host_context, &to.context);
@@ -222,7 +225,7 @@ void enter(Fiber& to) {
 [[noreturn]] void to_host() {
   Fiber& from = self();
   leave(nullptr, block->host_stack, block->host_stack_size);
-#if defined(__x86_64__)
+#if REGISTER_SWITCH
   emulator_switch(&from.stack_pointer, block->host_stack_pointer);
 #else
   swapcontext(&from.context, &block->host_context);
@@ -507,7 +510,7 @@ void first_step() {
   end_thread();
 }
 
-#if !defined(__x86_64__)
+#if !REGISTER_SWITCH
 void first_step_of_context() { first_step(); }
 #endif
 
@@ -525,7 +528,7 @@ void prepare(Fiber& f, int thread, Warp& w, size_t used) {
 #endif
   // Stacks that start at the same place in a page would share few cache lines.
   char* top = f.stack + kStack - thread * 192 % kPage;
-#if defined(__x86_64__)
+#if REGISTER_SWITCH
   void** sp = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(top) & ~uintptr_t(15)) - 8);
   *sp = nullptr;  // the return address of first_step, which never returns
   *--sp = reinterpret_cast<void*>(first_step);

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 
 import emulator
 import numpy as np
@@ -391,6 +394,29 @@ def test_the_struct_s_size_is_checked():
     lib = emulator.library(Source("samples", str(emulator.HERE / "samples.cuh")))
     with pytest.raises(RuntimeError, match="another size in Python"):
         lib.launch("reverse", 1, emulator._Field())
+
+
+OTHER_PROCESSOR = """
+import emulator, pytest, sys
+emulator.FLAGS = (*emulator.FLAGS, "-DEMULATOR_UCONTEXT")
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/emulator/test_emulator.py", "-k", "barrier_and or copies or do_not_meet or lanes_tell"]))
+"""
+
+
+@pytest.mark.skipif(emulator.sanitised(), reason="starts a process of its own")
+def test_fibers_of_other_processors():
+    """The way to switch between threads that is not written for one processor."""
+    env = {**os.environ, "PYTHONPATH": str(emulator.HERE)}
+    done = subprocess.run([sys.executable, "-c", OTHER_PROCESSOR], cwd=emulator.ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "15 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_missing_compiler(monkeypatch):
+    monkeypatch.setattr(emulator.shutil, "which", lambda name: None)
+    for ci, outcome in (("true", pytest.fail.Exception), ("", pytest.skip.Exception)):
+        monkeypatch.setenv("CI", ci)
+        with pytest.raises(outcome, match=r"g\+\+ 12 on Linux is missing"):
+            emulator.compiler.__wrapped__()
 
 
 # ---- sanitisers
