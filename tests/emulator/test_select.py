@@ -201,6 +201,8 @@ def per_head(*values: float) -> torch.Tensor:
         dict(topk=0.1, simthreshd1=per_head(-0.1, 0.45)),
         dict(topk=0.3, causal=True), dict(cdfthreshd=0.5, causal=True), dict(topk=0.5, causal=True, causal_offset=37),
         dict(topk=0.5, causal=True, causal_offset=-201), dict(cdfthreshd=0.5, causal=True, causal_offset=5000),
+        # The last row of a query block sees one key of its last key block.
+        dict(cdfthreshd=0.5, causal=True, causal_offset=-63), dict(cdfthreshd=0.3, causal=True, causal_offset=1),
         dict(topk=0.2, cdfthreshd=0.4, causal=True, always_keep={"k": [(0, 1)]}, simthreshd1=0.3),
     ],
     ids=str,
@@ -244,7 +246,7 @@ def test_key_masks(kind, causal, score):
         mask = torch.where(mask, rand(3, 3, 500), -math.inf)
     k = k.masked_fill(~(mask > -1e4 if kind == "float" else mask)[:, None, :, None], 0)
     for rule in (dict(topk=0.3), dict(cdfthreshd=0.6)):
-        problem = Problem(q, k, score=score, causal=causal, key_mask=mask, **rule)
+        problem = Problem(q, k, score=score, causal=causal, causal_offset=-60 if causal else 0, key_mask=mask, **rule)
         out = problem.run()
         assert not out.counts[2].any() and not out.visible[2].any()
         check(problem)
@@ -449,10 +451,27 @@ def state_by_torch(problem: Problem, kept: torch.Tensor) -> tuple[torch.Tensor, 
     return tuple(torch.stack(x) for x in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("dim", [64, 96])
 @pytest.mark.parametrize(
-    "case",
-    ["subblock", "mean", "cdf", "judge", "spread", "causal", "causal mean", "offset", "bias", "bool mask", "map", "causal map", "dense", "one row"],
+    "case, dim",
+    [
+        (case, 64)
+        for case in (
+            "mean",
+            "cdf",
+            "judge",
+            "spread",
+            "causal",
+            "causal mean",
+            "offset",
+            "bias",
+            "bool mask",
+            "map",
+            "causal map",
+            "dense",
+            "one row",
+        )
+    ]
+    + [(case, 96) for case in ("subblock", "spread", "causal", "bias", "map")],
 )
 def test_compensation_state(case, dim):
     s_q, s_k, batch = (1, 1111, 1) if case == "one row" else (2200, 1111, 1) if case == "subblock" else (430, 1111, 2)

@@ -78,13 +78,15 @@ DEVICE bool cut_by_edge(const SelectParams& p, int query_block, int key_block) {
   return p.causal && last_key > (int64_t)query_block * kBlockQ + p.causal_offset;
 }
 
-// Any key of the block is valid. Its weight alone cannot tell: exp(bias) may have underflowed.
-DEVICE bool any_key(const SelectParams& p, int b, int n_k, int key_block) {
-  int64_t block = (int64_t)b * n_k + key_block;
+// Any key of one of `parts` equal parts of a key block is valid. The block's weight alone cannot tell: exp(bias) may have underflowed.
+DEVICE bool any_key(const SelectParams& p, int64_t block, int part, int parts) {
   if (p.k_weight[block] > 0.0f) return true;
   if (p.bias2 == nullptr) return false;
   bool any = false;
-  for (int i = 0; i < kBlockK; ++i) any |= p.bias2[block * kBlockK + i] > -infinity();
+  for (int i = part; i < kBlockK / 4; i += parts) {
+    Bytes16 bias = *(const Bytes16*)(p.bias2 + block * kBlockK + i * 4);
+    UNROLL for (int e = 0; e < 4; ++e) any |= as_float(bias.word[e]) > -infinity();
+  }
   return any;
 }
 
@@ -114,13 +116,16 @@ DEVICE void copy_tile(const SelectParams& p, const Task& t, uint32_t stage, int 
   }
 }
 
-// Weight and scales of the tile's key pools, by kColumns threads.
-DEVICE void describe_tile(const SelectParams& p, const Task& t, Shared& shared, int tile, int column) {
+// Weight and scales of the tile's key pools, by the variance warps.
+DEVICE void describe_tile(const SelectParams& p, const Task& t, Shared& shared, int tile) {
+  constexpr int kParts = 128 / kColumns;
+  int column = (thread_id() - 128) / kParts, part = thread_id() % kParts;
   int key_block = tile * kColumns + column, known = min_of(key_block, t.n_k - 1);
-  bool visible = key_block < t.n_k && any_key(p, t.b, t.n_k, key_block);
-  float weight = p.k_weight[(int64_t)t.b * t.n_k + known];
-  shared.log_weight[tile & 1][column] = visible ? max_of(log2_of(weight * (1.0f / kBlockK)), kLowest) : -infinity();
-  UNROLL for (int kind = 0; kind < 2; ++kind) shared.scale[tile & 1][kind][column] = p.k_pool_scale[(t.k_row + known) * 2 + kind];
+  int64_t block = (int64_t)t.b * t.n_k + known;
+  int visible = key_block < t.n_k && any_key(p, block, part, kParts);
+  UNROLL for (int mask = 1; mask < kParts; mask *= 2) visible |= shuffle_xor(visible, mask);
+  if (part == 0) shared.log_weight[tile & 1][column] = visible ? max_of(log2_of(p.k_weight[block] * (1.0f / kBlockK)), kLowest) : -infinity();
+  if (part < 2) shared.scale[tile & 1][part][column] = p.k_pool_scale[(t.k_row + known) * 2 + part];
 }
 
 // The scores of the task, log2 units, into scratch; -inf where nothing is visible.
@@ -153,7 +158,7 @@ DEVICE void score(const SelectParams& p, const Task& t, Shared& shared, char* bu
 
   copy_tile(p, t, base, 0, kinds);
   copy_async_commit();
-  if (kind == 1 && thread_id() - 128 < kColumns) describe_tile(p, t, shared, 0, thread_id() - 128);
+  if (kind == 1) describe_tile(p, t, shared, 0);
   for (int tile = 0; tile < tiles; ++tile) {
     int buffer = tile & 1;
     if (tile + 1 < tiles) copy_tile(p, t, base + (buffer ^ 1) * kStage, tile + 1, kinds);
@@ -190,7 +195,7 @@ DEVICE void score(const SelectParams& p, const Task& t, Shared& shared, char* bu
         }
         dot[n][e] = x;
       }
-    if (kind == 1 && tile + 1 < tiles && thread_id() - 128 < kColumns) describe_tile(p, t, shared, tile + 1, thread_id() - 128);
+    if (kind == 1 && tile + 1 < tiles) describe_tile(p, t, shared, tile + 1);
     sync_block();
     if (kForm == kMoments ? kind >= kinds : kind == 1) continue;
 
@@ -302,7 +307,7 @@ DEVICE void choose(const SelectParams& p, const Task& t, const Shared& shared, f
   if (p.block_map != nullptr) {
     const uint8_t* map = p.block_map + t.b * p.map_batch + t.h * p.map_head + (int64_t)query_block * t.n_k;
     for (int j = lane; j < end; j += 32) {
-      bool visible = any_key(p, t.b, t.n_k, j);
+      bool visible = any_key(p, (int64_t)t.b * t.n_k + j, 0, 1);
       n_visible += visible;
       row.rank[j] = as_float(!visible ? kHidden : map[j] ? kForced : 1u);
     }
