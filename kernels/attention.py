@@ -36,7 +36,7 @@ class AttentionInfo:
     blocks, counts : bool (B, H, N_q, N_k) or int16 (B, H, N_q, capacity), and int32 (B, H, N_q)
         The backend's own form of the map: a bool map, or ascending key block numbers (unsigned) of which the first `counts` of a row hold.
     skips : int32 (B, H, 2)
-        Dropped and computed tiles.
+        Dropped tiles, and the tiles of kept blocks in all.
     key_blocks : int
         N_k.
     """
@@ -54,7 +54,7 @@ class AttentionInfo:
 
     @property
     def pv_skipped(self) -> Tensor:
-        return self.skips[..., 0].float() / self.skips.sum(-1, dtype=torch.float32).clamp_min(1)
+        return self.skips[..., 0] / self.skips[..., 1].clamp_min(1)
 
     @property
     def kept(self) -> Tensor:
@@ -132,7 +132,7 @@ def sparse_attention(
     smooth_k : bool
         Centre K before pooling and quantising.
     layout : "HND" | "NHD"
-    backend : "auto" | "torch"
+    backend : "auto" | "cuda" | "torch"
     return_lse : bool
         Also return the natural-log log-sum-exp of the true scores, fp32 (B, H, S_q); see `merge_lse`.
     return_info : bool

@@ -38,6 +38,7 @@ class Call:
     keep_q: tuple[int, ...] = ()
     keep_k: tuple[int, ...] = ()
     perm: Tensor | None = None
+    masked: bool = False
     dtype: torch.dtype = torch.float16
     batch: int = 1
     heads: int = 1
@@ -63,22 +64,22 @@ _SCHEMAS = {
 
 def _select(q, k, topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads, key_mask, causal, causal_offset, scale, smooth_k, keep_q, keep_k, perm,
             backend):  # fmt: skip
-    call = _call(q, k, backend, scale, causal, causal_offset, smooth_k, 15.0, False, False, keep_q, keep_k, perm)
+    call = _call(q, k, backend, scale, causal, causal_offset, smooth_k, 15.0, False, False, keep_q, keep_k, perm, key_mask)
     return TABLE[choose(call)].select(call, q, k, _rule(topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads), key_mask)
 
 
 def _attend(q, k, v, block_map, topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads, pvthreshd, pv_heads, compensate, want_lse, key_mask, causal,
             causal_offset, scale, smooth_k, keep_q, keep_k, perm, backend):  # fmt: skip
     pv = pvthreshd if pv_heads is None else pv_heads
-    call = _call(q, k, backend, scale, causal, causal_offset, smooth_k, pv, compensate, want_lse, keep_q, keep_k, perm)
+    call = _call(q, k, backend, scale, causal, causal_offset, smooth_k, pv, compensate, want_lse, keep_q, keep_k, perm, key_mask)
     rule = None if block_map is not None else _rule(topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads)
     return TABLE[choose(call)].run(call, q, k, v, rule, block_map, key_mask)
 
 
-def _call(q, k, backend, scale, causal, causal_offset, smooth_k, pvthreshd, compensate, want_lse, keep_q, keep_k, perm) -> Call:
+def _call(q, k, backend, scale, causal, causal_offset, smooth_k, pvthreshd, compensate, want_lse, keep_q, keep_k, perm, key_mask) -> Call:
     batch, heads, s_q, dim = q.shape
     return Call(q.device, backend, scale, causal, causal_offset, smooth_k, pvthreshd, compensate, want_lse, tuple(keep_q), tuple(keep_k), perm,
-                q.dtype, batch, heads, k.shape[1], s_q, k.shape[2], dim)  # fmt: skip
+                key_mask is not None, q.dtype, batch, heads, k.shape[1], s_q, k.shape[2], dim)  # fmt: skip
 
 
 def _rule(topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads) -> Rule:
@@ -89,13 +90,13 @@ def _rule(topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads) -> Rule:
 
 def _select_fake(q, k, topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads, key_mask, causal, causal_offset, scale, smooth_k, keep_q, keep_k,
                  perm, backend):  # fmt: skip
-    call = _call(q, k, backend, scale, causal, causal_offset, smooth_k, 15.0, False, False, keep_q, keep_k, perm)
+    call = _call(q, k, backend, scale, causal, causal_offset, smooth_k, 15.0, False, False, keep_q, keep_k, perm, key_mask)
     return _maps_fake(q, call, _rule(topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads))
 
 
 def _attend_fake(q, k, v, block_map, topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads, pvthreshd, pv_heads, compensate, want_lse, key_mask,
                  causal, causal_offset, scale, smooth_k, keep_q, keep_k, perm, backend):  # fmt: skip
-    call = _call(q, k, backend, scale, causal, causal_offset, smooth_k, pvthreshd, compensate, want_lse, keep_q, keep_k, perm)
+    call = _call(q, k, backend, scale, causal, causal_offset, smooth_k, pvthreshd, compensate, want_lse, keep_q, keep_k, perm, key_mask)
     rule = None if block_map is not None else _rule(topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads)
     lse = q.new_empty(q.shape[:3] if want_lse else (0,), dtype=torch.float32)
     return torch.empty_like(q), lse, *_maps_fake(q, call, rule), q.new_empty((call.batch, call.heads, 2), dtype=torch.int32)

@@ -59,7 +59,7 @@ class Keys:
         if key_mask.dtype == torch.bool:
             return cls(key_mask, key_mask.float(), torch.zeros(key_mask.shape[0], device=key_mask.device))
         bias = key_mask.float()
-        valid = key_mask > torch.tensor(MASKED_BIAS, dtype=key_mask.dtype, device=key_mask.device)  # -1e4 itself is -9984 in bfloat16
+        valid = key_mask > torch.full((), MASKED_BIAS, dtype=key_mask.dtype, device=key_mask.device)  # -1e4 itself is -9984 in bfloat16
         top = torch.where(valid, bias, -math.inf).amax(-1)
         top = torch.where(top > -math.inf, top, 0)
         return cls(valid, torch.where(valid, (bias - top[:, None]).exp(), 0), top)
@@ -141,7 +141,7 @@ def select(
     visible, partial = visibility(batch, s_q, s_k, causal=causal, causal_offset=causal_offset, keys=plan_keys, device=device)
     visible = visible.expand(batch, n_q, n_k)
     forced = torch.zeros(n_q, n_k, dtype=torch.bool, device=device)
-    forced |= _touched(keep_q, s_q, BLOCK_Q, perm, device)[:, None] | _touched(keep_k, s_k, BLOCK_K, perm, device)[None]
+    forced |= touched(keep_q, s_q, BLOCK_Q, perm, device)[:, None] | touched(keep_k, s_k, BLOCK_K, perm, device)[None]
     if partial is not None:
         forced |= partial
     log_count = _log_count(plan_keys, batch, s_k, n_q, causal, causal_offset, s_q, device)
@@ -212,7 +212,7 @@ def _blocks(x: Tensor, block: int, dim: int = -1) -> Tensor:
     return x.unflatten(dim, (n, block))
 
 
-def _touched(ranges: tuple[int, ...], length: int, block: int, perm: Tensor | None, device: torch.device) -> Tensor:
+def touched(ranges: tuple[int, ...], length: int, block: int, perm: Tensor | None, device: torch.device) -> Tensor:
     """bool (N,): blocks, in plan order, that hold a token of one of the ranges."""
     token = torch.zeros(length, dtype=torch.bool, device=device)
     for start, end in zip(ranges[::2], ranges[1::2], strict=True):

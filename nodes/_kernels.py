@@ -8,13 +8,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..kernels import AttentionInfo, BlockMask, UnsupportedCall, backends, block_sparse_attention, order, sparse_attention
-from ..kernels.backends import NAMES as BACKEND_NAMES
-from ..kernels.backends import choose
+from ..kernels import AttentionInfo, BlockMask, UnsupportedCall, block_sparse_attention, order, sparse_attention
+from ..kernels.backends import TABLE, choose
 from ..kernels.ops import Call
 
 __all__ = ["BACKEND_NAMES", "ORDER_KINDS", "AttentionInfo", "BlockMask", "Density", "attend", "backend_for", "backend_facts", "order_plan"]
 
+BACKEND_NAMES = ("auto", "torch", "cuda")
+"""In the order of the node's list, which only grows at its end."""
 ORDER_KINDS = order.KINDS
 order_plan = order.plan
 
@@ -31,18 +32,18 @@ class Density:
     block_mask: BlockMask | None = None
 
 
-@lru_cache(maxsize=32)
-def backend_for(device: torch.device | str, wanted: str) -> tuple[str | None, str | None]:
-    """(backend name, None), or (None, why no backend runs here)."""
+@lru_cache(maxsize=64)
+def backend_for(device: torch.device | str, wanted: str, dim: int = 64, dtype: torch.dtype = torch.float16, masked: bool = False):
+    """(backend name, None), or (None, why no backend runs calls like this on the device)."""
     try:
-        return choose(Call(torch.device(device), wanted)), None
+        return choose(Call(torch.device(device), wanted, dim=dim, dtype=dtype, masked=masked)), None
     except UnsupportedCall as refusal:
         return None, "; ".join(f"{name}: {why}" for name, why in refusal.reasons.items())
 
 
 def backend_facts(name: str):
     """What a backend is: `quantised`, `skips_pv`."""
-    return backends()[name]
+    return TABLE[name]
 
 
 def attend(

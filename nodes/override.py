@@ -172,7 +172,7 @@ def decide(request: Request, call: CallContext) -> Dense | Sparse:
 
 def _unfit(request: Request, patch: Patch) -> str | None:
     """Why the tensors themselves rule the kernels out."""
-    backend, why = _kernels.backend_for(request.q.device.type, patch.settings.backend)
+    backend, why = _kernels.backend_for(request.q.device, patch.settings.backend, request.head_dim, request.q.dtype, request.mask is not None)
     if backend is None:
         return reasons.NO_BACKEND.format(why=why)
     wants_fp32 = request.attn_precision == torch.float32 and request.q.dtype != torch.float32

@@ -39,7 +39,7 @@ TOOLTIPS = {
     "compensate": "Let skipped blocks count with their average instead of not at all.",
     "protect_references": "Never skip reference images (Kontext, Qwen-Image-Edit).",
     "backend": "auto takes the fastest one that runs here, or leaves the call dense and says so. torch works everywhere and is faster than dense "
-    "attention on a CPU only.",
+    "attention on a CPU only. cuda needs an NVIDIA GPU (RTX 30 series, A100 or newer).",
     "policy": "A policy that sets the density by step and block.",
     "block_mask": "A fixed pattern instead of the selection.",
 }

@@ -2,13 +2,15 @@
 
 why_not(call) -> str | None
     None, or why it declines the `ops.Call`.
+status() -> (available, reason), self_test_devices() -> [(device, relative L2 error that quantisation may cost)]
+    What `report` and the self-test ask.
 blocks_form(call, rule) -> (shape, dtype)
     Of the kept blocks that the next two return: a bool map (B, H, N_q, N_k), or int16 lists (B, H, N_q, capacity) of unsigned key block numbers.
 select(call, q, k, rule, key_mask) -> (blocks, counts, visible)
     counts int32 (B, H, N_q): kept blocks of each row; visible int32 (B, 1, N_q).
 run(call, q, k, v, rule, block_map, key_mask) -> (out, lse, blocks, counts, visible, skips)
     Selection by `rule`, or the visible part of `block_map` (the other one is None), and attention. lse fp32 (B, H, S_q), empty unless asked for;
-    skips int32 (B, H, 2): dropped and computed tiles.
+    skips int32 (B, H, 2): dropped tiles, and the tiles of kept blocks in all.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import UnsupportedCall
+from . import cuda as cuda_backend
 from . import torch as torch_backend
 
-TABLE = {"torch": torch_backend}
+TABLE = {"cuda": cuda_backend, "torch": torch_backend}
 """Name -> module, in the order in which `backend="auto"` asks them."""
 
 NAMES = ("auto", *TABLE)
@@ -48,9 +51,7 @@ class BackendStatus:
 
 def report() -> dict[str, BackendStatus]:
     """Every backend, whether it is available on this machine, and why not. Exported as `sparge_kernels.backends`."""
-    return {
-        "torch": BackendStatus(True, "any device; chosen by itself on the CPU only", torch_backend.quantised, torch_backend.skips_pv),
-    }
+    return {name: BackendStatus(*module.status(), module.quantised, module.skips_pv) for name, module in TABLE.items()}
 
 
 def choose(call) -> str:

@@ -34,6 +34,16 @@ def why_not(call) -> str | None:
     return None
 
 
+def status() -> tuple[bool, str]:
+    """Available everywhere."""
+    return True, "any device; chosen by itself on the CPU only"
+
+
+def self_test_devices() -> list[tuple[torch.device, float]]:
+    """Where a self-test runs this backend, and what quantisation may cost there: nothing."""
+    return [(torch.device("cpu"), 0.0)]
+
+
 def blocks_form(call, rule: selection.Rule | None) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of the block map that `select` and `run` return."""
     return (call.batch, call.heads, num_blocks(call.s_q, BLOCK_Q), num_blocks(call.s_k, BLOCK_K)), torch.bool
@@ -58,8 +68,8 @@ def run(call, q: Tensor, k: Tensor, v: Tensor, rule: selection.Rule | None, bloc
 
     Returns
     -------
-    out like q; lse fp32 (B, H, S_q), empty unless asked for; the three tensors of `select`; and int32 (B, H, 2), dropped and kept tiles, all zero:
-    this backend never skips half a tile.
+    out like q; lse fp32 (B, H, S_q), empty unless asked for; the three tensors of `select`; and int32 (B, H, 2), zero: this backend knows no
+    tiles.
     """
     keys = selection.Keys.from_mask(key_mask)
     if block_map is None:

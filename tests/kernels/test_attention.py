@@ -412,7 +412,7 @@ def test_info_reads_lists_of_block_numbers(n_k):
         counts[0, h, i] = len(ids)
         blocks[0, h, i, : len(ids)] = torch.tensor([x - (1 << 16) if x >= 1 << 15 else x for x in ids], dtype=torch.int16)
     visible = torch.tensor([[[n_k, n_k]]], dtype=torch.int32)
-    skips = torch.tensor([[[3, 1], [0, 0]]], dtype=torch.int32)
+    skips = torch.tensor([[[3, 4], [0, 0]]], dtype=torch.int32)
     info = AttentionInfo("cuda", blocks, counts, visible, skips, n_k)
     assert torch.equal(info.kept, dense) and torch.equal(info.block_mask.to_dense(), dense)
     torch.testing.assert_close(info.density, dense.float().mean((-2, -1)))

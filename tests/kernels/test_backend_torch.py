@@ -138,7 +138,7 @@ def test_chosen_by_itself_on_the_cpu_only():
 
 def test_report():
     status = backends()
-    assert list(status) == ["torch"] and status["torch"].available and isinstance(status["torch"].reason, str)
+    assert list(status) == ["cuda", "torch"] and status["torch"].available and isinstance(status["torch"].reason, str)
     assert not status["torch"].quantised and not status["torch"].skips_pv
 
 

@@ -61,7 +61,7 @@ CASES = {
     "grad k": (dict(k=GRAD_K, v=x(*K)), ValueError, ["k", "require grad", "no_grad"]),
     "grad v": (dict(v=GRAD_K), ValueError, ["v", "require grad", "no_grad"]),
     "layout": (dict(layout="BSHD"), ValueError, ["layout", "HND", "NHD", "'BSHD'"]),
-    "backend": (dict(backend="cudnn"), ValueError, ["backend", "auto, torch", "'cudnn'"]),
+    "backend": (dict(backend="cudnn"), ValueError, ["backend", "auto, cuda, torch", "'cudnn'"]),
     "score": (dict(score="max"), ValueError, ["score", "subblock, mean", "'max'"]),
     "topk 0": (dict(topk=0), ValueError, ["topk", "(0, 1]", "0", "1 for dense"]),
     "topk 2": (dict(topk=2), ValueError, ["topk", "(0, 1]", "2"]),
@@ -223,7 +223,7 @@ def test_no_backend_for_a_device():
     for function in (lambda: call(q=x(*Q, device="meta"), k=x(*K, device="meta")), lambda: select_blocks(x(*Q, device="meta"), x(*K, device="meta"))):
         with pytest.raises(UnsupportedCall) as caught:
             function()
-        assert set(caught.value.reasons) == {"torch"} and "meta" in caught.value.reasons["torch"]
+        assert set(caught.value.reasons) == {"cuda", "torch"} and "meta" in caught.value.reasons["torch"]
         assert "torch: " + caught.value.reasons["torch"] in str(caught.value) and "backend='torch'" in str(caught.value)
     assert isinstance(caught.value, RuntimeError)
 

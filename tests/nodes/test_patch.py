@@ -31,7 +31,7 @@ SPARGE_ATTENTION = [
     ("required", "token_order", "COMBO", {"default": "auto", "options": ["auto", "row_major", "tiles", "hilbert"], "multiselect": False}),
     ("required", "compensate", "BOOLEAN", {"default": False}),
     ("required", "protect_references", "BOOLEAN", {"default": False}),
-    ("required", "backend", "COMBO", {"default": "auto", "options": ["auto", "torch"], "multiselect": False}),
+    ("required", "backend", "COMBO", {"default": "auto", "options": ["auto", "torch", "cuda"], "multiselect": False}),
     ("optional", "policy", "SPARGE_POLICY", {}),
     ("optional", "block_mask", "SPARGE_BLOCK_MASK", {}),
 ]
@@ -112,7 +112,7 @@ BAD = {
     "sim": ("simthreshd1", -1.5, "-1 to 1"),
     "cdf": ("cdfthreshd", 1.5, "0 to 1"),
     "order": ("token_order", "spiral", "auto, row_major, tiles, hilbert"),
-    "backend": ("backend", "cuda13", "auto, torch"),
+    "backend": ("backend", "cuda13", "auto, torch, cuda"),
     "blocks-word": ("dense_blocks", "first", "'0, 3-5, -1'"),
     "blocks-float": ("dense_blocks", "1.5", "'0, 3-5, -1'"),
     "blocks-backwards": ("dense_blocks", "0, 5-3", "'0, 3-5, -1'"),
@@ -235,6 +235,23 @@ def test_description(nodes):
     assert "pvthreshd has no effect" in describe(settings(backend="torch"), "cuda")
     declined = describe(settings(), "cuda")
     assert "dense" in declined and "torch" in declined and nodes._kernels.backend_for("cuda", "auto")[0] is None
+
+
+def test_backend_names_are_those_of_the_kernels(nodes):
+    assert set(nodes.patch.BACKENDS) == {"auto", *nodes._kernels.TABLE}
+
+
+def test_a_gpu_takes_what_its_kernels_can(nodes, monkeypatch):
+    """The head size of the call decides too; on a GPU nothing falls to the torch backend unless it was asked for."""
+    machine = SimpleNamespace(arch="sm_86", pv="int8", missing=lambda variants: None)
+    nodes._kernels.backend_for.cache_clear()
+    monkeypatch.setattr(nodes._kernels.TABLE["cuda"], "machine_of", lambda device: (machine, None))
+    ask = nodes._kernels.backend_for
+    assert ask("cuda", "auto") == ask("cuda", "cuda", 128, torch.bfloat16, True) == ("cuda", None)
+    backend, why = ask("cuda", "auto", 192)
+    assert backend is None and "head_dim 192" in why and ask("cuda", "torch", 192) == ("torch", None)
+    assert nodes.patch.describe(nodes.patch.Settings(), "cuda") == "backend cuda"
+    nodes._kernels.backend_for.cache_clear()
 
 
 def test_run_is_logged_in_one_line(nodes, tiny, patched, caplog):

@@ -1,0 +1,341 @@
+"""The backend on NVIDIA GPUs: four launches a call (statistics, pre-pass, selection, attention), one workspace, nothing read back.
+
+8-bit: INT8 Q and K, P and V as the machine's `pv` says. Memory beyond what is returned, in bytes per element with head_dim rounded up to 64 or 128:
+1.3 for q, 1.2 for k and 1 for v (fp16 V: 2) in their quantised and pooled forms, and the scores of 64 query pools for every multiprocessor twice.
+`compensate` adds 4 per element of q, and fp32 copies of some heads.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .. import config, environment
+from ..block_mask import BLOCK_K, BLOCK_Q, num_blocks
+from ..cuda import driver, loader, workspace
+from ..selection import Keys, Rule, touched
+
+quantised = True
+skips_pv = True
+
+_LARGEST_DIM = config.DIMS[-1]
+_MOST_BLOCKS = 1 << 16  # what 16 bits can name
+_CHUNK_ELEMENTS = 1 << 26  # fp32 elements of k, v or q that compensation converts at a time, or one head's
+_DTYPES = {getattr(torch, name): name for name in config.DTYPES}
+
+TOLERANCE = {"int8": 0.03, "fp8": 0.05, "fp16": 0.03}
+"""Relative L2 error against exact attention over the same blocks that independent normal q, k and v may show, by the form of P and V."""
+
+LIMITS = (
+    (lambda call: call.dtype not in _DTYPES, "{call.dtype} is none of the types that its kernels read (float16, bfloat16, float32)"),
+    (lambda call: call.dim > _LARGEST_DIM, "head_dim {call.dim} is beyond the 1 to 128 of its kernels; backend='torch' takes up to 256"),
+    (lambda call: num_blocks(call.s_k, BLOCK_K) > _MOST_BLOCKS, "{call.s_k} keys are beyond the 4194304 that its lists can name; split the keys"),
+)
+"""(whether a call lies beyond the kernels, why): what holds on every GPU."""
+
+
+def why_not(call) -> str | None:
+    """None, or why this backend cannot take the call: the machine, the call itself, the binaries."""
+    reason = _no_machine(call.device)
+    if reason is not None:
+        return reason
+    for beyond, sentence in LIMITS:
+        if beyond(call):
+            return sentence.format(call=call)
+    return _no_binary(call.device, config.padded_dim(call.dim), _DTYPES[call.dtype], call.masked)
+
+
+def status() -> tuple[bool, str]:
+    """Whether some GPU of this machine runs the kernels, and for each on which binary it does or why not."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        return False, _no_machine(torch.device("cuda", 0))
+    available, told = False, []
+    for index in range(count):
+        machine, text = machine_of(torch.device("cuda", index))
+        if machine is not None:
+            usual = _variants(machine.arch, _LARGEST_DIM, "float16", machine.pv, False)
+            text = machine.missing(usual)
+            if text is None:
+                available, text = True, f"{machine.arch}, {machine.kernel(usual[2], usual[2].symbols[0]).origin}"
+        told.append(f"{torch.cuda.get_device_name(index)}: {text}")
+    return available, "; ".join(told)
+
+
+def self_test_devices() -> list[tuple[torch.device, float]]:
+    """Where a self-test runs this backend, and the relative L2 error that quantisation may cost there."""
+    machines = [(torch.device("cuda", i), machine_of(torch.device("cuda", i))[0]) for i in range(torch.cuda.device_count())]
+    return [(device, TOLERANCE[machine.pv]) for device, machine in machines if machine is not None]
+
+
+def _no_machine(device: torch.device) -> str | None:
+    return machine_of(device)[1]
+
+
+def _no_binary(device: torch.device, dim: int, dtype: str, masked: bool) -> str | None:
+    machine, _ = machine_of(device)
+    return machine.missing(_variants(machine.arch, dim, dtype, machine.pv, masked))
+
+
+# What a machine has does not change while a compiled function lives: torch.compile takes the answers as they are, as with
+# torch.compiler.assume_constant_result, which would load the compiler when this package is imported.
+_no_machine._dynamo_marked_constant = _no_binary._dynamo_marked_constant = True
+
+
+def blocks_form(call, rule: Rule | None) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the lists that `select` and `run` return."""
+    topk = None if rule is None else rule.topk
+    room = workspace.capacity(
+        call.s_k, topk=topk, only_topk=rule is not None and not isinstance(topk, Tensor) and rule.cdf is None and not _judged(rule),
+        causal=call.causal, keep_q=call.keep_q, keep_k=call.keep_k, ordered=call.perm is not None,
+    )  # fmt: skip
+    return (call.batch, call.heads, num_blocks(call.s_q, BLOCK_Q), room), torch.int16
+
+
+def select(call, q: Tensor, k: Tensor, rule: Rule, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept blocks as ascending lists (B, H, N_q, capacity), how many those are (B, H, N_q), and the visible ones (B, 1, N_q)."""
+    machine, _ = machine_of(call.device)
+    with machine.here():
+        work = _Work(machine, call, q, k, k, rule, None, key_mask, attend=False)
+        work.select()
+    return work.lists, work.counts, work.visible
+
+
+def run(call, q: Tensor, k: Tensor, v: Tensor, rule: Rule | None, block_map: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor, ...]:
+    """Attention over the blocks that `rule` selects or `block_map` keeps; arguments and returns as the table of backends has them."""
+    machine, _ = machine_of(call.device)
+    with machine.here():
+        work = _Work(machine, call, q, k, v, rule, block_map, key_mask, attend=True)
+        work.select()
+        out, lse = work.attend()
+    return out, lse, work.lists, work.counts, work.visible, work.skips
+
+
+def machine_of(device: torch.device) -> tuple[Machine | None, str | None]:
+    """(the GPU, None), or (None, why there is none for this backend)."""
+    if device.type != "cuda":
+        return None, f"the tensors are on {device.type}, it needs an NVIDIA GPU"
+    if torch.version.hip is not None:
+        return None, "this PyTorch is built for AMD GPUs, it needs an NVIDIA GPU"
+    if not torch.cuda.is_available():
+        return None, "PyTorch finds no NVIDIA GPU"
+    return _machine(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache(maxsize=16)
+def _machine(index: int) -> tuple[Machine | None, str | None]:
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        name = torch.cuda.get_device_name(index)
+        return None, f"it needs an RTX 30 series, A100 or newer GPU (compute capability 8.0), this {name} has {major}.{minor}"
+    arch = f"sm_{major}{minor}"
+    pv = environment.pv() or config.pv_for(arch)
+    reason = driver.why_not(arch)
+    if reason is None and pv == "fp8" and config.number(arch) < 89:
+        reason = f"SPARGE_PV is fp8, which {arch} cannot compute; set int8 or fp16, or unset it"
+    return (None, reason) if reason is not None else (Machine(index, arch, pv), None)
+
+
+class Machine:
+    """One GPU and what runs on it.
+
+    Attributes
+    ----------
+    arch : str
+        "sm_86".
+    pv : str
+        How P and V are held, one of `config.PV`.
+    processors : int
+        Multiprocessors.
+    """
+
+    def __init__(self, index: int, arch: str, pv: str):
+        self.index, self.arch, self.pv = index, arch, pv
+        self.processors = torch.cuda.get_device_properties(index).multi_processor_count
+
+    def missing(self, variants: tuple[config.Variant, ...]) -> str | None:
+        """None, or why one of these binaries cannot be had."""
+        return loader.why_not(self.index, variants)
+
+    def kernel(self, variant: config.Variant, symbol: str) -> driver.Kernel:
+        return loader.kernel(self.index, variant, symbol)
+
+    def launch(self, kernel: driver.Kernel, grid: int, shared: int, params, stream: int) -> None:
+        """Puts one kernel on a stream."""
+        driver.launch(kernel, grid, config.THREADS, shared, params, stream)
+
+    def here(self):
+        """A context in which this GPU is the current one."""
+        return torch.cuda.device(self.index)
+
+    def stream(self) -> int:
+        """The stream that PyTorch works on now."""
+        return driver.current_stream(self.index)
+
+    def capturing(self) -> bool:
+        """Whether the current stream records a CUDA graph: what is made then holds nothing until the graph runs."""
+        return torch.cuda.is_current_stream_capturing()
+
+
+class _Work:
+    """One call: its buffers, and its launches in order.
+
+    The kernels may still run when it is gone: PyTorch hands freed memory out again in the order of the stream.
+    """
+
+    def __init__(self, machine, call, q, k, v, rule, block_map, key_mask, *, attend: bool):
+        self.machine, self.call, self.rule, self.block_map, self.stream = machine, call, rule, block_map, machine.stream()
+        self.q, self.k, self.v = q, k, v
+        shape, dtype = blocks_form(call, rule)
+        judged = rule is not None and _judged(rule)
+        pv = machine.pv
+        self.variants = _variants(machine.arch, config.padded_dim(call.dim), _DTYPES[call.dtype], pv, call.masked)
+        self.layout = workspace.plan(
+            workspace.Problem(
+                call.batch, call.heads, call.kv_heads, call.s_q, call.s_k, call.dim, _DTYPES[call.dtype], pv, shape[-1], q.stride(), k.stride(),
+                v.stride(), call.causal, call.causal_offset, rule is not None and rule.score == "subblock", call.smooth_k, judged, call.compensate,
+                call.want_lse, key_mask is not None, machine.processors,
+            )
+        )  # fmt: skip
+        device = q.device
+        self.space = _empty((self.layout.nbytes,), torch.uint8, device)
+        self.base = self.space.data_ptr()
+        self.lists = _empty(shape, dtype, device)
+        self.counts = _empty(shape[:3], torch.int32, device)
+        self.visible = _empty((call.batch, 1, shape[2]), torch.int32, device)
+        self.skips = _empty((call.batch, call.heads, 2), torch.int32, device)
+        self.key_valid = self.key_bias = self.top = None
+        if key_mask is not None and key_mask.dtype == torch.bool:
+            self.key_valid = key_mask.contiguous()
+        elif key_mask is not None:
+            keys = Keys.from_mask(key_mask)
+            self.top = keys.top
+            self.key_bias = torch.where(keys.valid, key_mask.float() - keys.top[:, None], -torch.inf).contiguous()
+
+    def select(self) -> None:
+        call, k, v = self.call, self.k, self.v
+        prepass, selection, _ = self.variants
+        valid, bias = _pointer(self.key_valid), _pointer(self.key_bias)
+        p = self._params("sparge_statistics")
+        p.k, p.v, p.key_valid, p.key_bias = k.data_ptr(), v.data_ptr(), valid, bias
+        self._launch(prepass, "sparge_statistics", p, prepass.shared)
+
+        p = self._params("sparge_prepass")
+        p.q, p.k, p.v, p.key_valid, p.key_bias = self.q.data_ptr(), k.data_ptr(), v.data_ptr(), valid, bias
+        p.perm, p.scale = _pointer(call.perm), call.scale
+        self._launch(prepass, "sparge_prepass", p, prepass.shared)
+
+        p = self._params("sparge_select")
+        p.lists, p.counts, p.visible, p.skips = self.lists.data_ptr(), self.counts.data_ptr(), self.visible.data_ptr(), self.skips.data_ptr()
+        p.scale, p.topk, p.cdf, p.sim = call.scale, -1.0, -1.0, -1.0
+        held = []
+        if self.block_map is not None:
+            batch, heads, n_q, n_k = self.block_map.shape
+            block_map = self.block_map.contiguous()
+            held.append(block_map)
+            p.block_map, p.map_batch, p.map_head = block_map.data_ptr(), (batch > 1) * heads * n_q * n_k, (heads > 1) * n_q * n_k
+        else:
+            held += self._set_rule(p)
+        self._launch(selection, "sparge_select", p, self.layout.select_shared)
+
+    def _set_rule(self, p) -> list[Tensor]:
+        """The rule's numbers and per-head tensors, and what is forced; the tensors must outlive the launch."""
+        call, held = self.call, []
+        for name, value in (("topk", self.rule.topk), ("cdf", self.rule.cdf), ("sim", self.rule.sim)):
+            if isinstance(value, Tensor):
+                held.append(value.contiguous())
+                setattr(p, name + "_heads", held[-1].data_ptr())
+            elif value is not None:
+                setattr(p, name, value)
+        for name, ranges, length, block in (("forced_q", call.keep_q, call.s_q, BLOCK_Q), ("forced_k", call.keep_k, call.s_k, BLOCK_K)):
+            if ranges:
+                find = _forced.__wrapped__ if self.machine.capturing() else _forced
+                held.append(find(ranges, length, block, call.perm, call.device, self.stream))
+                setattr(p, name, held[-1].data_ptr())
+        return held
+
+    def attend(self) -> tuple[Tensor, Tensor]:
+        call, q = self.call, self.q
+        out = _empty_like(q)
+        lse = _empty((call.batch, call.heads, call.s_q) if call.want_lse else (0,), torch.float32, q.device)
+        shift = self._row_shift() if call.compensate and not call.causal else None
+        pv_heads = call.pvthreshd.to(torch.float32).contiguous() if isinstance(call.pvthreshd, Tensor) else None
+        p = self._params("sparge_attention_mma")
+        p.lists, p.counts, p.skips, p.out = self.lists.data_ptr(), self.counts.data_ptr(), self.skips.data_ptr(), out.data_ptr()
+        p.out_stride.batch, p.out_stride.head, p.out_stride.token = out.stride()[:3]
+        p.perm, p.top, p.row_shift, p.pv_heads = _pointer(call.perm), _pointer(self.top), _pointer(shift), _pointer(pv_heads)
+        if call.want_lse:
+            p.lse = lse.data_ptr()
+        if pv_heads is None:
+            p.pvthreshd = call.pvthreshd
+        attention = self.variants[2]
+        self._launch(attention, "sparge_attention_mma", p, attention.shared)
+        return out, lse
+
+    def _row_shift(self) -> Tensor:
+        """scale * C q per row, fp32 (B, H, S_q, D), with C the mean covariance of v and k inside the key blocks (see compensation.py)."""
+        call, dim = self.call, self.call.dim
+        centre = 0.0
+        if call.smooth_k:
+            centre = (self._buffer("k_sum").sum(2) / self._buffer("k_count").sum(2).clamp_min(1)[..., None])[:, :, None, :dim]
+        k_mean = (self._buffer("k_mean").float().sum(3) * self._buffer("k_pool_scale")[..., :1])[..., :dim]
+        n = self._buffer("k_weight")[:, None, :, None]
+        weight = None
+        if self.key_valid is not None:
+            weight = self.key_valid[:, None, :, None].float()
+        elif self.key_bias is not None:
+            weight = self.key_bias[:, None, :, None].exp()
+        shift = _empty((call.batch, call.heads, call.s_q, dim), torch.float32, self.q.device)
+        group = call.heads // call.kv_heads
+        step = max(1, _CHUNK_ELEMENTS // (call.batch * max(call.s_k, call.s_q * group) * dim))
+        for g in range(0, call.kv_heads, step):
+            kv, hs = slice(g, g + step), slice(g * group, (g + step) * group)
+            k, v = self.k[:, kv].float() - (centre[:, kv] if call.smooth_k else 0.0), self.v[:, kv].float()
+            if weight is not None:
+                k, v = torch.where(weight > 0, k, 0), torch.where(weight > 0, v, 0) * weight
+            covariance = v.mT @ k - (self._buffer("v_mean")[:, kv, :, :dim] * n).mT @ k_mean[:, kv]
+            covariance = covariance * (call.scale / n.sum(2, keepdim=True).clamp_min(1e-30))
+            torch.matmul(self.q[:, hs].float(), covariance.mT.repeat_interleave(group, 1), out=shift[:, hs])
+        return shift
+
+    def _buffer(self, name: str) -> Tensor:
+        offset, shape, dtype = self.layout.buffers[name]
+        return self.space[offset:].view(getattr(torch, dtype))[: torch.Size(shape).numel()].view(shape)
+
+    def _params(self, symbol: str):
+        return self.layout.params(symbol, self.base)
+
+    def _launch(self, variant: config.Variant, symbol: str, params, shared: int) -> None:
+        self.machine.launch(self.machine.kernel(variant, symbol), self.layout.grids[symbol], shared, params, self.stream)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _judged(rule: Rule) -> bool:
+    return isinstance(rule.sim, Tensor) or rule.sim > 0
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+@lru_cache(maxsize=64)
+def _forced(ranges: tuple[int, ...], length: int, block: int, perm: Tensor | None, device: torch.device, stream: int) -> Tensor:
+    """Which blocks hold a token of the ranges, one byte each. Kept for the next call on the same stream; `perm` is told apart by identity."""
+    return touched(ranges, length, block, perm, device)
+
+
+@lru_cache(maxsize=256)
+def _variants(arch: str, dim: int, dtype: str, pv: str, masked: bool) -> tuple[config.Variant, config.Variant, config.Variant]:
+    """The binaries of a call: statistics and pre-pass, selection, attention."""
+    names = (config.prepass_name(dim, dtype), config.select_name(dim), config.attention_name(dim, pv, masked))
+    found = {variant.name: variant for variant in config.variants(arch)}
+    return tuple(found[name] for name in names)

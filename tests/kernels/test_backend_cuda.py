@@ -1,0 +1,448 @@
+"""The CUDA backend's host side with launches recorded instead of run: what it declines and why, what it allocates, what it hands to the kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sparge_kernels import UnsupportedCall, __main__, backends, config, ops, order, select_blocks, sparse_attention
+from sparge_kernels.backends import cuda as backend
+from sparge_kernels.cuda import loader, workspace
+from sparge_kernels.cuda.params import SYMBOLS, Strides
+from sparge_kernels.selection import Rule
+from torch.utils._python_dispatch import TorchDispatchMode
+
+KERNELS = ["sparge_statistics", "sparge_prepass", "sparge_select", "sparge_attention_mma"]
+
+
+class RecordingMachine:
+    """A GPU that notes its launches: (kernel, variant, grid, shared memory, a copy of the struct)."""
+
+    def __init__(self, pv="int8", processors=84):
+        self.arch, self.pv, self.processors, self.launched, self.is_capturing = "sm_89", pv, processors, [], False
+
+    def missing(self, variants):
+        return None
+
+    def kernel(self, variant, symbol):
+        return SimpleNamespace(variant=variant.name, name=symbol)
+
+    def launch(self, kernel, grid, shared, params, stream):
+        assert stream == 7
+        self.launched.append((kernel.name, kernel.variant, grid, shared, type(params).from_buffer_copy(params)))
+
+    def here(self):
+        return contextlib.nullcontext()
+
+    def stream(self):
+        return 7
+
+    def capturing(self):
+        return self.is_capturing
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    made = RecordingMachine()
+    monkeypatch.setattr(backend, "machine_of", lambda device: (made, None))
+    return made
+
+
+def call_of(q, k, **options):
+    batch, heads, s_q, dim = q.shape
+    shape = dict(dtype=q.dtype, batch=batch, heads=heads, kv_heads=k.shape[1], s_q=s_q, s_k=k.shape[2], dim=dim)
+    return ops.Call(q.device, "cuda", **{"scale": 0.25, **shape, **options})
+
+
+def tensors(rand, b=2, h=4, h_kv=2, s_q=333, s_k=400, d=40, dtype=torch.float16):
+    return rand(1, b, h, s_q, d, dtype=dtype), rand(2, b, h_kv, s_k, d, dtype=dtype), rand(3, b, h_kv, s_k, d, dtype=dtype)
+
+
+# What a call costs the host.
+
+
+class Ops(TorchDispatchMode):
+    """Every PyTorch operator that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket._qualified_op_name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero", "repeat_interleave", "lift_fresh"}
+"""Operators that wait for a device: they read something back (repeat_interleave: with repeats in a tensor) or copy a fresh host value to it."""
+
+CASES = {
+    "plain": dict(),
+    "lse": dict(want_lse=True),
+    "causal": dict(causal=True, causal_offset=3),
+    "bool mask": dict(key_mask="bool"),
+    "float mask": dict(key_mask="float"),
+    "always_keep": dict(keep_q=(3, 9), keep_k=(0, 5, 100, 300)),
+    "per head": dict(pvthreshd=torch.tensor([3.0, 4.0, 5.0, 6.0], dtype=torch.float64)),
+    "compensate": dict(compensate=True, want_lse=True),
+    "block map": dict(block_map=True),
+}
+
+
+def run_case(rand, name, **more):
+    options = {**CASES[name], **more}
+    q, k, v = tensors(rand)
+    key_mask = options.pop("key_mask", None)
+    if key_mask is not None:
+        key_mask = torch.arange(400).expand(2, 400) % 3 > 0
+        key_mask = key_mask if CASES[name]["key_mask"] == "bool" else torch.where(key_mask, 0.5, -1e4)
+    block_map = torch.ones(1, 1, 3, 7, dtype=torch.bool) if options.pop("block_map", False) else None
+    rule = None if block_map is not None else Rule(0.3, None, -1.0)
+    call = call_of(q, k, masked=key_mask is not None, **options)
+    backend.run(call, q, k, v, rule, block_map, key_mask)  # what is kept for later calls is there now
+    with Ops() as seen:
+        result = backend.run(call, q, k, v, rule, block_map, key_mask)
+    return seen.names, result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_four_launches_few_allocations_and_no_wait(machine, rand, name):
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it adds operators of its own
+    names, _ = run_case(rand, name)
+    assert [launch[0] for launch in machine.launched[4:]] == KERNELS
+    assert not WAITING & set(names), names
+    made = ["empty"] * 5 + ["empty_like", "empty"]  # workspace, lists, counts, visible, skips; out, lse
+    if name == "per head":
+        assert names == [*made, "_to_copy"]
+    elif name == "float mask":
+        assert len(names) <= len(made) + 20, names
+    elif name == "compensate":
+        assert names.count("bmm") == 3, names
+    else:
+        assert names == made
+
+
+def test_select_blocks_launches_three(machine, rand):
+    q, k, _ = tensors(rand)
+    lists, counts, visible = backend.select(call_of(q, k), q, k, Rule(0.3, None, -1.0), None)
+    assert [launch[0] for launch in machine.launched] == KERNELS[:3]
+    assert lists.shape == (2, 4, 3, lists.shape[3]) and counts.shape == (2, 4, 3) and visible.shape == (2, 1, 3)
+
+
+def test_forced_blocks_are_worked_out_once_per_ranges_plan_and_stream(machine, monkeypatch):
+    backend._forced.cache_clear()
+    made = []
+    real = backend.touched
+    monkeypatch.setattr(backend, "touched", lambda *args: made.append(args) or real(*args))
+    plans = [order.plan("tiles", ((4, 8, 10),)).perm, order.plan("hilbert", ((4, 8, 10),)).perm]
+    q = torch.zeros(1, 1, 320, 64)
+
+    def run(perm, ranges=(100, 140)):
+        backend.run(call_of(q, q, keep_k=ranges, perm=perm), q, q, q, Rule(0.3, None, -1.0), None, None)
+        return machine.launched[-2][4].forced_k
+
+    first = run(plans[0])
+    assert run(plans[0]) == first and len(made) == 1
+    assert len({first, run(plans[1]), run(None), run(plans[0], (0, 3))}) == 4 and len(made) == 4
+    assert run(plans[0]) == first and len(made) == 4
+    machine.is_capturing = True  # a tensor that a CUDA graph has yet to fill must serve nobody else
+    run(None, (5, 6))
+    machine.is_capturing = False
+    run(None, (5, 6))
+    assert len(made) == 6
+    assert backend._forced.cache_info().maxsize == 64
+
+
+# What the kernels are told.
+
+
+def struct_values(params):
+    values = {name: getattr(params, name) for name, _ in params._fields_}
+    return {name: (v.batch, v.head, v.token) if isinstance(v, Strides) else v for name, v in values.items()}
+
+
+def launched(machine):
+    return {symbol: struct_values(params) for symbol, _, _, _, params in machine.launched[-4:]}
+
+
+def test_sizes_strides_and_scalars(machine, rand):
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(rand, d=72))
+    heads = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    call = call_of(q, k, scale=0.3, causal=True, causal_offset=-(1 << 39), smooth_k=False, pvthreshd=9.0, want_lse=True)
+    out, lse, lists, counts, visible, skips = backend.run(call, q, k, v, Rule(heads, 0.7, 0.2, "mean"), None, None)
+    got = launched(machine)
+    for params in got.values():
+        for name, value in dict(batch=2, heads=4, kv_heads=2, s_q=333, s_k=400, dim=72, smooth_k=0, hadamard=0, pv=0, capacity=7).items():
+            assert params.get(name, value) == value, name
+    assert got["sparge_prepass"]["q_stride"] == q.stride()[:3] == got["sparge_attention_mma"]["out_stride"]
+    assert got["sparge_statistics"]["k_stride"] == got["sparge_prepass"]["k_stride"] == k.stride()[:3]
+    assert got["sparge_statistics"]["v_stride"] == got["sparge_prepass"]["v_stride"] == v.stride()[:3]
+    assert got["sparge_prepass"]["scale"] == got["sparge_select"]["scale"] == pytest.approx(0.3)
+    select, attend = got["sparge_select"], got["sparge_attention_mma"]
+    assert (select["topk"], select["cdf"], select["sim"]) == pytest.approx((-1, 0.7, 0.2)) and select["subblock"] == 0
+    assert select["topk_heads"] and not select["cdf_heads"] and not select["sim_heads"]
+    assert select["causal"] == attend["causal"] == 1 and select["causal_offset"] == attend["causal_offset"] == -333
+    assert attend["pvthreshd"] == 9 and not attend["pv_heads"] and attend["out_type"] == 0
+    for name, tensor in dict(lists=lists, counts=counts, visible=visible, skips=skips).items():
+        assert select[name] == tensor.data_ptr() and attend.get(name, tensor.data_ptr()) == tensor.data_ptr()
+    assert (attend["out"], attend["lse"]) == (out.data_ptr(), lse.data_ptr()) and attend["row_shift"] is None
+    statistics = machine.launched[-4]
+    assert statistics[2] == 2 * 2 * got["sparge_statistics"]["splits"] and got["sparge_statistics"]["split_length"] % 16 == 0
+    assert machine.launched[-3][2] == 2 * (4 * 3 + 2 * 7) and machine.launched[-1][2] == 2 * 4 * 3
+
+
+OUTSIDE = {
+    "sparge_statistics": {"k", "v"}, "sparge_prepass": {"q", "k", "v"}, "sparge_select": {"lists", "counts", "visible", "skips"},
+    "sparge_attention_mma": {"lists", "counts", "skips", "out"},
+}  # fmt: skip
+OPTIONAL = {
+    "lse": {"lse", "lse_shift"}, "bool mask": {"key_valid", "bias2"}, "float mask": {"key_bias", "bias2", "top"},
+    "always_keep": {"forced_q", "forced_k"}, "per head": {"pv_heads"}, "compensate": {"lse", "lse_shift", "v_mean", "state", "row_shift"},
+    "block map": {"block_map"}, "judge": {"q_sim", "k_sim"}, "order": {"perm"}, "rule per head": {"topk_heads", "cdf_heads", "sim_heads"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*CASES, "judge", "order", "rule per head"])
+def test_exactly_the_pointers_of_the_features_in_use_are_set(machine, rand, name):
+    if name in CASES:
+        run_case(rand, name)
+    else:
+        q, _, _ = tensors(rand)
+        per_head = torch.full((4,), 0.5)
+        rule = {"judge": Rule(0.3, None, 0.4), "rule per head": Rule(per_head, per_head, per_head)}.get(name, Rule(0.3, None, -1.0))
+        perm = torch.arange(333).flip(0) if name == "order" else None
+        backend.run(call_of(q, q, perm=perm), q, q, q, rule, None, None)
+    optional = set().union(*OPTIONAL.values())
+    wanted = OPTIONAL.get(name, set()) | ({"q_sim", "k_sim"} if name == "rule per head" else set())
+    for symbol, values in launched(machine).items():
+        pointers = {field for field, kind in SYMBOLS[symbol]._fields_ if kind is ctypes.c_void_p}
+        unset = {field for field in pointers if values[field] is None}
+        assert unset == (pointers & optional) - wanted, symbol
+
+
+@pytest.mark.parametrize("d, e", [(1, 64), (64, 64), (65, 128), (128, 128)])
+@pytest.mark.parametrize("dtype", config.DTYPES)
+@pytest.mark.parametrize("pv", config.PV)
+def test_the_binaries_of_a_call(monkeypatch, rand, pv, dtype, d, e):
+    made = RecordingMachine(pv)
+    monkeypatch.setattr(backend, "machine_of", lambda device: (made, None))
+    q, k, v = tensors(rand, d=d, dtype=getattr(torch, dtype))
+    for masked in (False, True):
+        mask = torch.ones(2, 400, dtype=torch.bool) if masked else None
+        backend.run(call_of(q, k, masked=masked), q, k, v, Rule(0.3, None, -1.0), None, mask)
+        names = [launch[1] for launch in made.launched[-4:]]
+        assert names == [f"prepass_d{e}_{dtype}"] * 2 + [f"select_d{e}", f"attention_mma_d{e}_{pv}" + "_masked" * masked]
+        found = {variant.name: variant for variant in config.variants("sm_89")}
+        shared = [launch[3] for launch in made.launched[-4:]]
+        assert shared[:2] == [found[names[0]].shared] * 2 and shared[3] == found[names[3]].shared and shared[2] > 0
+
+
+# The workspace.
+
+
+def problem(**changes):
+    values = dict(
+        batch=2, heads=4, kv_heads=2, s_q=333, s_k=1000, dim=40, dtype="float16", pv="int8", capacity=7, q_stride=(1, 1, 1, 1), k_stride=(1, 1, 1, 1),
+        v_stride=(1, 1, 1, 1), causal=False, causal_offset=0, subblock=True, smooth_k=True, judged=False, compensate=False, want_lse=False,
+        masked=False, processors=84,
+    )  # fmt: skip
+    return workspace.Problem(**{**values, **changes})
+
+
+@pytest.mark.parametrize("pv", config.PV)
+@pytest.mark.parametrize("features", list(itertools.product([False, True], repeat=4)), ids=lambda f: "".join("01"[x] for x in f))
+def test_buffers_are_aligned_and_do_not_overlap(pv, features):
+    judged, compensate, want_lse, masked = features
+    layout = workspace.plan(problem(pv=pv, judged=judged, compensate=compensate, want_lse=want_lse, masked=masked))
+    end = 0
+    for offset, shape, dtype in sorted(layout.buffers.values()):
+        assert offset % 256 == 0 and offset >= end
+        end = offset + math.prod(shape) * getattr(torch, dtype).itemsize
+    assert end <= layout.nbytes < end + 256
+    for symbol, struct in SYMBOLS.items():
+        params = layout.params(symbol, 1 << 40)
+        for name, _ in struct._fields_:
+            if name in layout.buffers:
+                assert getattr(params, name) == (1 << 40) + layout.buffers[name][0]
+
+
+@pytest.mark.parametrize("processors", [1, 16, 132, 170])
+@pytest.mark.parametrize("s_k", [1, 16, 17, 63, 1000, 118000])
+@pytest.mark.parametrize("heads", [1, 3, 24, 300])
+def test_splits_cover_the_keys_in_whole_strides(heads, s_k, processors):
+    splits, length = workspace._splits(s_k, heads, processors)
+    assert length % 16 == 0 and (splits - 1) * length < s_k <= splits * length and 1 <= splits <= 32
+    if s_k >= 32 * 16 * 16:  # enough tokens for even parts
+        assert heads * splits >= 2 * processors or splits >= 31
+
+
+def test_a_row_that_does_not_fit_into_shared_memory_stays_in_scratch():
+    fits, large = workspace.plan(problem(s_k=64 * 1000)), workspace.plan(problem(s_k=64 * 60000))
+    one, other = (layout.params("sparge_select", 0) for layout in (fits, large))
+    assert one.row_in_shared == 1 and fits.select_shared >= 32 * 1000 and other.row_in_shared == 0 and other.scratch_stride == 60000
+    assert max(fits.select_shared, large.select_shared) <= 99 << 10  # what a block may have on the RTX series
+
+
+def test_memory_is_what_the_module_says():
+    s, d = 8192, 128
+    layout = workspace.plan(problem(batch=1, heads=4, kv_heads=4, s_q=s, s_k=s, dim=d, processors=4))
+    scratch = math.prod(layout.buffers["scratch"][1]) * 4
+    assert scratch == 2 * 4 * 64 * (s // 64) * 4
+    assert layout.nbytes - scratch <= (1.3 + 1.2 + 1.0) * 4 * s * d + 1e5
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_capacity_holds_what_the_rule_keeps(seed, clustered):
+    chance = random.Random(seed)
+    s_q, s_k = chance.choice([64, 333, 500]), chance.choice([1, 64, 333, 700])
+    q, k = clustered(seed, 1, 2, s_q, 8), clustered(seed + 1, 1, 2, s_k, 8)
+    options = {"topk": chance.choice([0.01, 0.3, 0.5, 0.77, 1.0])}
+    if chance.random() < 0.5:
+        start = chance.randrange(s_k)
+        options["always_keep"] = {"k": [(start, chance.randrange(start, s_k) + 1), (0, 0)]}
+    if chance.random() < 0.3:
+        options["always_keep"] = {"q": [(0, 1)]}
+    if chance.random() < 0.3:
+        options["cdfthreshd"] = 0.9
+    if chance.random() < 0.2:
+        options["causal"] = True
+    most = int(select_blocks(q, k, **options).to_dense().sum(-1).max())
+    keep = options.get("always_keep", {})
+    ranges = {f"keep_{name}": tuple(x for pair in keep.get(name, ()) for x in pair) for name in "qk"}
+    call = call_of(q, k, causal=options.get("causal", False), **ranges)
+    (_, _, _, room), dtype = backend.blocks_form(call, Rule(options["topk"], options.get("cdfthreshd"), -1.0))
+    assert most <= room <= max(1, -(-s_k // 64)) and dtype == torch.int16
+
+
+def test_capacity_saves_memory_where_topk_alone_decides(rand):
+    q = torch.zeros(1, 1, 6400, 1)
+    rooms = {
+        name: backend.blocks_form(call_of(q, q, **call), rule)[0][3]
+        for name, call, rule in (
+            ("topk", {}, Rule(0.25, None, -1.0)), ("kept keys", dict(keep_k=(0, 64, 100, 130)), Rule(0.25, None, -1.0)),
+            ("kept keys, ordered", dict(keep_k=(0, 10), perm=torch.arange(6400)), Rule(0.25, None, -1.0)),
+            ("nothing kept", dict(keep_q=(5, 5)), Rule(0.25, None, -1.0)),
+            ("cdf", {}, Rule(0.25, 0.5, -1.0)), ("judge", {}, Rule(0.25, None, 0.5)), ("per head", {}, Rule(torch.tensor([0.2]), None, -1.0)),
+            ("causal", dict(causal=True), Rule(0.25, None, -1.0)), ("kept queries", dict(keep_q=(0, 1)), Rule(0.25, None, -1.0)), ("map", {}, None),
+        )
+    }  # fmt: skip
+    assert rooms == {
+        "topk": 27, "kept keys": 30, "kept keys, ordered": 37, "nothing kept": 27, "cdf": 100, "judge": 100, "per head": 100, "causal": 100,
+        "kept queries": 100, "map": 100,
+    }  # fmt: skip
+
+
+# What it declines.
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(capability, driver): a machine whose PyTorch sees one GPU; nothing may touch it."""
+
+    def pretend(capability=(8, 6), driver=None, available=True, hip=None):
+        backend._machine.cache_clear()
+        for name, value in dict(
+            is_available=lambda: available, device_count=lambda: int(available), current_device=lambda: 0, get_device_capability=lambda i: capability,
+            get_device_name=lambda i: "Some GPU", get_device_properties=lambda i: SimpleNamespace(multi_processor_count=84),
+        ).items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(backend.driver, "why_not", lambda arch: driver)
+
+    yield pretend
+    backend._machine.cache_clear()
+
+
+GPU = torch.device("cuda", 0)
+REFUSALS = {
+    "on the CPU": (dict(), dict(device=torch.device("cpu")), "tensors are on cpu"),
+    "ROCm": (dict(hip="6.2"), dict(), "AMD"),
+    "no GPU": (dict(available=False), dict(), "no NVIDIA GPU"),
+    "compute capability 7.5": (dict(capability=(7, 5)), dict(), "RTX 30 series, A100 or newer"),
+    "driver": (dict(driver="the driver is too old; update it"), dict(), "the driver is too old; update it"),
+    "head_dim": (dict(), dict(dim=129), "head_dim 129"),
+    "keys": (dict(), dict(s_k=(1 << 22) + 1), "4194305 keys"),
+    "dtype": (dict(), dict(dtype=torch.float64), "torch.float64"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_every_refusal_has_its_reason(gpu, monkeypatch, name):
+    machine, call, words = REFUSALS[name]
+    gpu(**machine)
+    monkeypatch.setattr(loader, "why_not", lambda device, variants: None)
+    reason = backend.why_not(ops.Call(**{"device": GPU, **call}))
+    assert words in reason and "{" not in reason
+    if name not in ("on the CPU",):
+        with pytest.raises(UnsupportedCall) as caught:
+            ops.choose(ops.Call(**{"device": GPU, **call}))
+        assert caught.value.reasons["cuda"] == reason and "torch" in caught.value.reasons
+
+
+def test_limits_are_exact(gpu, monkeypatch):
+    gpu()
+    monkeypatch.setattr(loader, "why_not", lambda device, variants: None)
+    assert backend.why_not(ops.Call(GPU, dim=128, s_k=1 << 22, dtype=torch.bfloat16)) is None
+    assert ops.choose(ops.Call(GPU)) == "cuda" and ops.choose(ops.Call(GPU, "torch")) == "torch"
+
+
+def test_missing_binaries(gpu, monkeypatch):
+    gpu((10, 3))
+    asked = []
+    monkeypatch.setattr(loader, "why_not", lambda device, variants: asked.append((device, [v.name for v in variants])) or "no binary for sm_103")
+    assert backend.why_not(ops.Call(GPU, dim=96, dtype=torch.bfloat16, masked=True)) == "no binary for sm_103"
+    assert asked == [(0, ["prepass_d128_bfloat16", "select_d128", "attention_mma_d128_int8_masked"])]
+
+
+@pytest.mark.parametrize("value, capability, pv", [("fp16", (8, 6), "fp16"), ("fp8", (8, 9), "fp8"), (None, (8, 6), "int8"), ("fp8", (8, 6), None)])
+def test_the_environment_chooses_the_form_of_p_and_v(gpu, monkeypatch, value, capability, pv):
+    monkeypatch.delenv("SPARGE_PV", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SPARGE_PV", value)
+    gpu(capability)
+    machine, reason = backend.machine_of(GPU)
+    if pv is None:
+        assert machine is None and "SPARGE_PV" in reason and "sm_86" in reason
+    else:
+        assert machine.pv == pv and machine.arch == f"sm_{capability[0]}{capability[1]}"
+
+
+def test_report_without_a_gpu(gpu):
+    gpu(available=False)
+    status = backends()
+    assert list(status) == ["cuda", "torch"] and not status["cuda"].available and "GPU" in status["cuda"].reason
+    assert status["cuda"].quantised and status["cuda"].skips_pv
+
+
+def test_report_with_gpus(gpu, monkeypatch):
+    gpu()
+    monkeypatch.setattr(loader, "why_not", lambda device, variants: None)
+    monkeypatch.setattr(loader, "kernel", lambda device, variant, symbol: SimpleNamespace(origin=f"{variant.name}, packaged for sm_86"))
+    status = backends()["cuda"]
+    assert status.available and status.reason == "Some GPU: sm_86, attention_mma_d128_int8, packaged for sm_86"
+    monkeypatch.setattr(loader, "why_not", lambda device, variants: "no binary")
+    status = backends()["cuda"]
+    assert not status.available and status.reason == "Some GPU: no binary"
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["", "a backend is wrong"])
+def test_the_self_test_command(capsys, monkeypatch, wrong):
+    if wrong:
+        real = __main__.block_sparse_attention
+        monkeypatch.setattr(__main__, "block_sparse_attention", lambda *args, **how: 1.1 * real(*args, **how))
+    assert __main__.main() == int(wrong)
+    printed = capsys.readouterr().out
+    assert "backend cuda: not available" in printed or torch.cuda.is_available()
+    assert "backend torch: available" in printed and ("WRONG" in printed) == wrong and "cpu, plain" in printed
+
+
+def test_forced_on_tensors_of_the_cpu(rand):
+    q, k, v = tensors(rand)
+    with pytest.raises(UnsupportedCall, match="tensors are on cpu, it needs an NVIDIA GPU"):
+        sparse_attention(q, k, v, backend="cuda")
