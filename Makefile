@@ -2,12 +2,14 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: help setup test demo serve bench-torch clean
+.PHONY: help setup test demo serve bench bench-torch clean
 
 help:
 	@echo "make demo         sample a tiny video model dense and sparse in a real ComfyUI, print the comparison, save the pictures"
 	@echo "make serve        the same server left open in the browser, with the workflow loaded"
 	@echo "make test         every test and the linter"
+	@echo "make bench        the cuda backend on this NVIDIA GPU: checked, then timed against PyTorch and every installed peer; SHORT=1 takes a minute,"
+	@echo "                  ACTIVATIONS=file.safetensors times the q, k, v in a file; without a GPU: what a call costs on the host"
 	@echo "make bench-torch  the torch backend against PyTorch's dense attention on this CPU"
 	@echo "make clean        remove .venv, .comfyui and demo_output"
 	@echo "PYTHON=python3.12 picks the interpreter, COMFYUI_PATH=/path/to/ComfyUI another ComfyUI"
@@ -25,6 +27,9 @@ demo: setup
 
 serve: setup
 	@$(RUN) tests/comfyui/serve.py
+
+bench: setup
+	@$(RUN) tests/bench/bench.py $(if $(SHORT),--short) $(if $(ACTIVATIONS),--activations "$(ACTIVATIONS)")
 
 bench-torch: setup
 	@$(RUN) tests/bench/bench_torch.py
