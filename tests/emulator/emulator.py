@@ -32,7 +32,17 @@ ROOT = HERE.parents[1]
 SOURCES = ROOT / "kernels" / "cuda" / "src"
 CACHE = ROOT / ".emulator"
 
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno", "-pthread")
+FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-fno-math-errno",
+    "-ftls-model=initial-exec",
+    "-pthread",
+)
 # What the device finds in a variable that nothing was written to is not zero either.
 KERNEL_FLAGS = ("-ftrivial-auto-var-init=pattern", "-Werror=return-type")
 SANITIZE_FLAGS = ("-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")

@@ -207,7 +207,15 @@ DEVICE void load_matrix_transposed(uint32_t (&out)[4], uint32_t shared, SITE) { 
 // ---- matrix products ---------------------------------------------------------------------------------------------------------------------------
 // The products are exact and summed in fp32 before c is added; the device sums in an order and with a rounding of its own.
 
-DEVICE void mma_s8s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SITE) { emulator::multiply(emulator::kMmaS8S8, c, a, b0, b1, at); }
-DEVICE void mma_u8s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SITE) { emulator::multiply(emulator::kMmaU8S8, c, a, b0, b1, at); }
-DEVICE void mma_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SITE) { emulator::multiply(emulator::kMmaHalf, c, a, b0, b1, at); }
-DEVICE void mma_e4m3(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SITE) { emulator::multiply(emulator::kMmaE4m3, c, a, b0, b1, at); }
+DEVICE void mma_s8s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SITE) {
+  emulator::multiply(emulator::kMmaS8S8, c, a, b0, b1, at);
+}
+DEVICE void mma_u8s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SITE) {
+  emulator::multiply(emulator::kMmaU8S8, c, a, b0, b1, at);
+}
+DEVICE void mma_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SITE) {
+  emulator::multiply(emulator::kMmaHalf, c, a, b0, b1, at);
+}
+DEVICE void mma_e4m3(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SITE) {
+  emulator::multiply(emulator::kMmaE4m3, c, a, b0, b1, at);
+}

@@ -123,9 +123,8 @@ struct Block {
   int slice;  // 0: a warp goes as far as it can
   bool late;  // copies land as late as they may
   uint32_t ready_warps;
-  int arrived, ended, barrier;
+  int arrived, ended;
   Site barrier_site;
-  volatile Kind polling;
   sigjmp_buf escape;
   char error[4096];
 #if REGISTER_SWITCH
@@ -262,7 +261,8 @@ void describe(char*& end, char* limit) {
     else if (!f.site.file)
       end += snprintf(end, limit - end, " run and have not waited yet");
     else
-      end += snprintf(end, limit - end, " %s %s at %s:%d", f.state == kWaiting ? "wait in" : "run, last seen in", kNames[f.kind], base_name(f.site.file), f.site.line);
+      end += snprintf(end, limit - end, " %s %s at %s:%d", f.state == kWaiting ? "wait in" : "run, last seen in", kNames[f.kind],
+                      base_name(f.site.file), f.site.line);
   }
 }
 
@@ -303,7 +303,8 @@ void on_fault(int number, siginfo_t* info, void*) {
   char *shared_end = block->shared + block->launch->shared, *pages = m.shared_pages;
   size_t span = kPage + (kSharedLimit + kPage - 1) / kPage * kPage;
   if (current && at >= m.stacks && at < m.stacks + kMaxThreads * kStack) escape("stack overflow");
-  if (at >= pages + span && at < pages + span + kPage) escape("access %ld bytes past the end of shared memory (%ld bytes)", (long)(at - shared_end), (long)block->launch->shared);
+  if (at >= pages + span && at < pages + span + kPage)
+    escape("access %ld bytes past the end of shared memory (%ld bytes)", (long)(at - shared_end), (long)block->launch->shared);
   if (at >= pages && at < pages + kPage) escape("access %ld bytes before shared memory", (long)(block->shared - at));
   escape("access to memory that does not exist (%p), or a misaligned one", (void*)at);
 }
@@ -359,64 +360,48 @@ void wait(Fiber& me, Kind kind, Site at) {
 
 // ---- what the last lane computes ---------------------------------------------------------------------------------------------------------------
 
-struct Tables {
-  float s8[256], u8[256], e4m3[256];
-  Tables() {
-    for (int i = 0; i < 256; i++) {
-      s8[i] = (int8_t)i;
-      u8[i] = i;
-      int exponent = i >> 3 & 15, mantissa = i & 7;
-      float magnitude = exponent ? __builtin_ldexpf(8 + mantissa, exponent - 10) : __builtin_ldexpf(mantissa, -9);
-      if ((i & 127) == 127) magnitude = __builtin_nanf("");
-      e4m3[i] = i & 128 ? -magnitude : magnitude;
+float e4m3_to_float(uint8_t a) {
+  uint32_t magnitude = (uint32_t)(a & 0x7f) << 20;
+  float y = (a & 0x7f) == 0x7f ? as_float(0x7fc00000u) : as_float(magnitude) * 0x1p120f;
+  return as_float(as_bits(y) | (uint32_t)(a & 0x80) << 24);
+}
+
+typedef float Eight __attribute__((vector_size(32)));
+
+// a (16 x K, rows) times b (8 x K, rows), decoded. In fp32 for all formats: the integer sums stay below 2 ** 24, where fp32 is exact.
+template <class Element, int kK, class DecodeA, class DecodeB>
+void multiply(const Warp& w, float (&sum)[16][8], DecodeA decode_a, DecodeB decode_b) {
+  constexpr int kEach = 4 / sizeof(Element);
+  Element a[16 * kK], b[kK * 8];
+  float x[16 * kK];
+  union {
+    float element[kK * 8];
+    Eight row[kK];
+  } y;
+  for (int lane = 0; lane < 32; lane++) {
+    const uint32_t* in = w.operands[lane];
+    int g = lane >> 2, k = kEach * (lane & 3);
+    memcpy(a + g * kK + k, in, 4);
+    memcpy(a + (g + 8) * kK + k, in + 1, 4);
+    memcpy(a + g * kK + k + kK / 2, in + 2, 4);
+    memcpy(a + (g + 8) * kK + k + kK / 2, in + 3, 4);
+    for (int i = 0; i < kEach; i++) {
+      b[(k + i) * 8 + g] = (Element)(in[4] >> 8 * sizeof(Element) * i);
+      b[(k + kK / 2 + i) * 8 + g] = (Element)(in[5] >> 8 * sizeof(Element) * i);
     }
   }
-} const tables;
-
-// In fp32 for all formats: the integer sums stay below 2 ** 24, where fp32 is exact.
-template <int kK>
-void product(float (&sum)[16][8], const float (&a)[16][kK], const float (&b)[kK][8]) {
-  for (int m = 0; m < 16; m++) {
-    float row[8] = {};
+  for (int i = 0; i < 16 * kK; i++) x[i] = decode_a(a[i]);
+  for (int i = 0; i < kK * 8; i++) y.element[i] = decode_b(b[i]);
+  for (int m = 0; m < 16; m += 4) {
+    Eight rows[4] = {};
     for (int k = 0; k < kK; k++)
-      for (int n = 0; n < 8; n++) row[n] += a[m][k] * b[k][n];
-    for (int n = 0; n < 8; n++) sum[m][n] = row[n];
+      for (int i = 0; i < 4; i++) rows[i] += x[(m + i) * kK + k] * y.row[k];
+    memcpy(sum[m], rows, sizeof rows);
   }
 }
 
-void multiply_bytes(const Warp& w, const float* a_table, const float* b_table, float (&sum)[16][8]) {
-  float a[16][32], b[32][8];
-  for (int lane = 0; lane < 32; lane++) {
-    const uint32_t* in = w.operands[lane];
-    int g = lane >> 2, k = 4 * (lane & 3);
-    for (int i = 0; i < 4; i++) {
-      a[g][k + i] = a_table[in[0] >> 8 * i & 255];
-      a[g + 8][k + i] = a_table[in[1] >> 8 * i & 255];
-      a[g][k + 16 + i] = a_table[in[2] >> 8 * i & 255];
-      a[g + 8][k + 16 + i] = a_table[in[3] >> 8 * i & 255];
-      b[k + i][g] = b_table[in[4] >> 8 * i & 255];
-      b[k + 16 + i][g] = b_table[in[5] >> 8 * i & 255];
-    }
-  }
-  product(sum, a, b);
-}
-
-void multiply_halves(const Warp& w, float (&sum)[16][8]) {
-  float a[16][16], b[16][8];
-  for (int lane = 0; lane < 32; lane++) {
-    const uint32_t* in = w.operands[lane];
-    int g = lane >> 2, k = 2 * (lane & 3);
-    for (int i = 0; i < 2; i++) {
-      a[g][k + i] = half_to_float(in[0] >> 16 * i);
-      a[g + 8][k + i] = half_to_float(in[1] >> 16 * i);
-      a[g][k + 8 + i] = half_to_float(in[2] >> 16 * i);
-      a[g + 8][k + 8 + i] = half_to_float(in[3] >> 16 * i);
-      b[k + i][g] = half_to_float(in[4] >> 16 * i);
-      b[k + 8 + i][g] = half_to_float(in[5] >> 16 * i);
-    }
-  }
-  product(sum, a, b);
-}
+float from_signed(uint8_t a) { return (int8_t)a; }
+float from_unsigned(uint8_t a) { return a; }
 
 template <class Add>
 void accumulate(Warp& w, const float (&sum)[16][8], Add add) {
@@ -463,16 +448,16 @@ void complete(Warp& w, Kind kind) {
     case kLoadMatrix:
     case kLoadMatrixTransposed: return load_matrices(w, kind == kLoadMatrixTransposed);
     case kMmaS8S8:
-      multiply_bytes(w, tables.s8, tables.s8, sum);
+      multiply<uint8_t, 32>(w, sum, [](uint8_t x) { return from_signed(x); }, [](uint8_t x) { return from_signed(x); });
       return accumulate(w, sum, add_int);
     case kMmaU8S8:
-      multiply_bytes(w, tables.u8, tables.s8, sum);
+      multiply<uint8_t, 32>(w, sum, [](uint8_t x) { return from_unsigned(x); }, [](uint8_t x) { return from_signed(x); });
       return accumulate(w, sum, add_int);
     case kMmaE4m3:
-      multiply_bytes(w, tables.e4m3, tables.e4m3, sum);
+      multiply<uint8_t, 32>(w, sum, [](uint8_t x) { return e4m3_to_float(x); }, [](uint8_t x) { return e4m3_to_float(x); });
       return accumulate(w, sum, add_float);
     case kMmaHalf:
-      multiply_halves(w, sum);
+      multiply<uint16_t, 16>(w, sum, [](uint16_t x) { return half_to_float(x); }, [](uint16_t x) { return half_to_float(x); });
       return accumulate(w, sum, add_float);
     default: return;
   }
@@ -481,7 +466,8 @@ void complete(Warp& w, Kind kind) {
 void check_shared(uint32_t shared, Site at) {
   if (shared % 16) fail("shared address %u is not aligned to 16 bytes at %s:%d", shared, base_name(at.file), at.line);
   if ((int64_t)shared + 16 > block->launch->shared)
-    fail("shared address %u lies past the end of shared memory (%ld bytes) at %s:%d", shared, (long)block->launch->shared, base_name(at.file), at.line);
+    fail("shared address %u lies past the end of shared memory (%ld bytes) at %s:%d", shared, (long)block->launch->shared, base_name(at.file),
+         at.line);
 }
 
 void land(const Copy& c) { memcpy(block->shared + c.shared, c.global, 16); }
@@ -590,7 +576,8 @@ void run_block(Launch& launch, Machine& machine, int64_t id) {
       for (char* p = start; p < end; p++) {
         bool ours = p >= b.shared && p < b.shared + size;
         if (ours || (unsigned char)*p == kRedzone) continue;
-        snprintf(b.error, sizeof b.error, "%s, block %ld: wrote outside shared memory (%ld bytes), at offset %ld", launch.kernel->name, (long)id, (long)size, (long)(p - b.shared));
+        snprintf(b.error, sizeof b.error, "%s, block %ld: wrote outside shared memory (%ld bytes), at offset %ld", launch.kernel->name, (long)id,
+                 (long)size, (long)(p - b.shared));
         break;
       }
     }
@@ -693,7 +680,8 @@ int64_t grid_size() { return block->launch->grid; }
 char* shared_memory() { return block->shared; }
 uint32_t shared_address(const void* pointer) {
   int64_t offset = static_cast<const char*>(pointer) - block->shared;
-  if (offset < 0 || offset > block->launch->shared) fail("shared_address of a pointer %ld bytes from shared memory (%ld bytes)", (long)offset, (long)block->launch->shared);
+  if (offset < 0 || offset > block->launch->shared)
+    fail("shared_address of a pointer %ld bytes from shared memory (%ld bytes)", (long)offset, (long)block->launch->shared);
   return offset;
 }
 
@@ -705,7 +693,8 @@ void sync_block(Site at) {
   wait(me, kSyncBlock, at);
   if (w.waiting) fail("in sync_block while lanes of its warp wait for it elsewhere");
   if (block->ended) fail("in sync_block, which threads that have ended cannot reach");
-  if (block->arrived && (block->barrier_site.line != at.line || block->barrier_site.file != at.file)) fail("in another sync_block than the threads before it");
+  if (block->arrived && (block->barrier_site.line != at.line || block->barrier_site.file != at.file))
+    fail("in another sync_block than the threads before it");
   block->barrier_site = at;
   w.at_barrier |= 1u << (me.api.thread & 31);
   int warp = me.api.thread >> 5, warps = block->launch->threads >> 5;
@@ -751,7 +740,8 @@ void collective(Kind kind, Site at) {
 void copy_async(uint32_t shared, const void* global, Site at) {
   Fiber& me = self();
   check_shared(shared, at);
-  if (reinterpret_cast<uintptr_t>(global) % 16) fail("copy_async_16 from address %p, which is not aligned to 16 bytes, at %s:%d", global, base_name(at.file), at.line);
+  if (reinterpret_cast<uintptr_t>(global) % 16)
+    fail("copy_async_16 from address %p, which is not aligned to 16 bytes, at %s:%d", global, base_name(at.file), at.line);
   memset(block->shared + shared, kPoison, 16);
   Copy c{shared, me.group, global};
   if (!block->late && draw() & 1) return land(c);
@@ -774,15 +764,16 @@ void copy_async_wait(int pending) {
 using namespace emulator;
 
 // Runs every block of the grid. Returns 0, or 1 with a text in `error`.
-extern "C" __attribute__((visibility("default"))) int emulator_launch(const Kernel* kernel, int64_t grid, int threads, int64_t shared, const void* params,
-                                                                      int64_t params_size, uint64_t seed, int workers, double limit, char* error,
-                                                                      int64_t error_size) {
+extern "C" __attribute__((visibility("default"))) int emulator_launch(const Kernel* kernel, int64_t grid, int threads, int64_t shared,
+                                                                      const void* params, int64_t params_size, uint64_t seed, int workers,
+                                                                      double limit, char* error, int64_t error_size) {
   auto refused = [&](const char* what) {
     snprintf(error, error_size, "%s: %s", kernel->name, what);
     return 1;
   };
   if (params_size != kernel->params_size) return refused("the struct has another size in Python than in the kernel");
-  if (threads < 32 || threads % 32 || threads > kernel->threads || threads > kMaxThreads) return refused("threads must be a multiple of 32 within the kernel's bound");
+  if (threads < 32 || threads % 32 || threads > kernel->threads || threads > kMaxThreads)
+    return refused("threads must be a multiple of 32 within the kernel's bound");
   if (shared < 0 || shared > (int64_t)kSharedLimit) return refused("more shared memory than any device has");
   if (grid < 1 || grid > 0x7fffffff) return refused("grid must be in 1..2147483647");
   Launch launch;

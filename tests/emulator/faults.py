@@ -1,0 +1,129 @@
+"""Faults that someone could make in the kernels, each with the test that notices it.
+
+A row is a name, the file of kernels/cuda/src, a text that is there exactly once, what stands there instead, and the test: its module in this folder,
+its name and its arguments (but for `machine`, which test_faults.py hands over). When a kernel changes under a row, the row follows; a row whose text
+is gone fails loudly rather than testing nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Check(NamedTuple):
+    module: str
+    name: str
+    arguments: tuple = ()
+
+
+class Fault(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    caught_by: Check
+
+
+def attention(name: str, *arguments) -> Check:
+    return Check("test_attention", f"test_{name}", arguments)
+
+
+def prepass(name: str, *arguments) -> Check:
+    return Check("test_prepass", f"test_{name}", arguments)
+
+
+def select(name: str, *arguments) -> Check:
+    return Check("test_select", f"test_{name}", arguments)
+
+
+ORDER = attention("a_bitwise_repeat_in_any_order")
+ODD = attention("every_variant_on_odd_lengths", 64, "int8", False)
+PERM = attention("results_go_back_to_the_callers_order")
+DROPS = attention("tiles_far_below_are_dropped_as_the_reference_drops_them", 64, "int8")
+FORMS = prepass("forms", "float16", 64, "int8", "bool")
+UNLIKE = prepass("lengths_of_q_and_k_differ")
+
+MMA, PRE, SELECT = "attention_mma.cuh", "prepass.cuh", "select.cuh"
+
+ATTENTION = [
+    Fault("tiles are used before they have landed", MMA, "    copy_async_wait<kStages - 2>();\n", "", ODD),
+    Fault("the wait lets go one tile early", MMA, "copy_async_wait<kStages - 2>", "copy_async_wait<kStages - 1>", ODD),
+    Fault("no barrier around a tile", MMA, "sync_block();  // tile t is there", "// tile t is there", ORDER),
+    Fault("one key past the end is seen", MMA, "missing || key >= p.s_k ||", "missing || key > p.s_k ||", attention("lengths", 17, 65)),
+    Fault("the causal edge hides the row's own key", MMA, "key > row + (e >> 1) * 8", "key >= row + (e >> 1) * 8", attention("causal", 64, 0)),
+    Fault("the causal edge is looked for a block late", MMA, "last_key > block_q * kBlockQ +", "last_key > block_q * kBlockQ + kBlockK +",
+          attention("causal", 128, 0)),
+    Fault("scale of another key block", MMA, "q_scale[h] * k_scale[id]", "q_scale[h] * k_scale[t]", ODD),
+    Fault("decay of the other row", MMA, "fused(o[2 * d + x][e], decay[e >> 1], to_float(", "fused(o[2 * d + x][e], decay[e & 1], to_float(", ODD),
+    Fault("the missing half of a tile is seen", MMA, "bool missing = block >= tile.blocks;", "bool missing = false;", ODD),
+    Fault("the missing half of V is not cleared", MMA, "} else if (kPv != kPvInt8) {", "} else if (kPv == kPvFp8) {",
+          attention("every_variant_on_odd_lengths", 64, "fp16", False)),
+    Fault("lanes of a warp decide each for itself", MMA, "if (!any_lane(needed)) return false;", "if (!needed) return false;", DROPS),
+    Fault("warps past the last row are counted", MMA, "if (lane == 0 && rows.real[0]) {", "if (lane == 0) {", DROPS),
+    Fault("rows past the end keep a tile", MMA, "needed |= rows.real[h] && !(", "needed |= !(", DROPS),
+    Fault("blocks are counted for tiles", MMA, "p.skips + 2 * head_of_batch + 1, tiles);", "p.skips + 2 * head_of_batch + 1, count);", DROPS),
+    Fault("both rows of a lane go to the place of the first", MMA, "rows.real[h] ? p.perm[here] : here", "rows.real[h] ? p.perm[row] : here", PERM),
+    Fault("the LSE's shift is read in the caller's order", MMA, "lse_shift[head_of_batch * p.s_q + here]", "lse_shift[head_of_batch * p.s_q + token]",
+          PERM),
+    Fault("32-bit offsets of the output", MMA, "int64_t at = batch * p.out_stride.batch", "int at = batch * p.out_stride.batch",
+          attention("outputs_are_addressed_in_64_bits")),
+    Fault("bias of the first block for all", MMA, "score += bias2[key];", "score += bias2[key - tile.first_key[block]];",
+          attention("key_biases", 64)),
+    Fault("the row sum misses two lanes", MMA, "sum += shuffle_xor(sum, 2);", "sum += shuffle_xor(sum, 1);", ODD),
+    Fault("the skipped state joins unweighted", MMA, "value[i] = fused(skipped, pooled, value[i]);", "value[i] += skipped;",
+          attention("the_state_of_skipped_blocks_joins_at_the_end", 64, "int8")),
+    Fault("keys of another head", MMA, "batch * p.kv_heads + head / (p.heads / p.kv_heads)", "batch * p.kv_heads + head % p.kv_heads",
+          Check("test_whole_call", "test_block_masks_with_empty_and_full_rows", (64, (2, 4)))),
+]  # fmt: skip
+
+PREPASS = [
+    Fault("masked rows count in the maximum of V", PRE, "if (token < end && attends(p, batch, token))", "if (token < end)", FORMS),
+    Fault("keys are not permuted as they are loaded", PRE, "block * kBlockK + key_at_position(thread_id() / kLanes * kKeyRows + j)",
+          "block * kBlockK + (thread_id() / kLanes * kKeyRows + j)", FORMS),
+    Fault("one key past the end has a weight", PRE, "if (thread < rows) {", "if (thread <= rows) {", UNLIKE),
+    Fault("the last pool is divided by 32", PRE, "min_of(rows - pool * kPoolQ, kPoolQ)", "kPoolQ", FORMS),
+    Fault("scale of the other 8-bit format", PRE, "p.pv == kPvInt8 ? 127 : 448", "p.pv == kPvInt8 ? 448 : 127", FORMS),
+    Fault("queries are not gathered", PRE, "load_chunk(q + token * p.q_stride.token", "load_chunk(q + position * p.q_stride.token",
+          prepass("forms", "float16", 64, "fp8", None)),
+    Fault("32-bit offsets of the queries", PRE, "q + token * p.q_stride.token * kElementBytes", "q + (int)(token * p.q_stride.token * kElementBytes)",
+          prepass("offsets_beyond_32_bits")),
+    Fault("scores in natural units", PRE, "to_score = p.scale * kLog2E;", "to_score = p.scale;", FORMS),
+    Fault("centre of another head", PRE, "batch * p.kv_heads + head / (p.heads / p.kv_heads)", "batch * p.kv_heads + head % p.kv_heads", UNLIKE),
+    Fault("the centre stays in the keys", PRE, "channel_of(chunk[j], i) - shared.centre[channel + i] : 0;", "channel_of(chunk[j], i) : 0;", FORMS),
+    Fault("a warp's maximum for the block's", PRE, "absmax = max_of(absmax, shared.absmax[i]);", "absmax = shared.absmax[i];", FORMS),
+]  # fmt: skip
+
+LENGTHS = select("lengths", 200, 1000, "subblock")
+SIZES = select("head_sizes", 128, 128, "subblock")
+WAYS = select("every_way_to_run_gives_the_same_bits", 64, "subblock")
+
+CHOICE = [
+    Fault("pools are used before they have landed", SELECT, "    copy_async_wait<1>();\n", "", SIZES),
+    Fault("no barrier between scores and choice", SELECT, "= z;\n    }\n  sync_block();\n}", "= z;\n    }\n}", WAYS),
+    Fault("no barrier between two tasks", SELECT, "    sync_block();  // shared memory and scratch", "    // shared memory and scratch", WAYS),
+    Fault("one block too many at a tie", SELECT, "count_bits(tied & before) < cut.ties", "count_bits(tied & before) <= cut.ties",
+          select("ties_go_to_the_lowest_index", "subblock", True)),
+    Fault("the causal edge is looked for a block late", SELECT, "last_key > (int64_t)query_block * kBlockQ +",
+          "last_key > (int64_t)query_block * kBlockQ + kBlockQ +", select("rules", dict(topk=0.3, causal=True), "subblock")),
+    Fault("the block that the causal edge cuts is not visible", SELECT, "(keys_before_edge(p, query_block) + kBlockK - 1) / kBlockK",
+          "keys_before_edge(p, query_block) / kBlockK", select("rules", dict(topk=0.3, causal=True), "subblock")),
+    Fault("keys behind the causal edge have a weight", SELECT, "if (p.causal && key_block == end - 1) weight = shared.edge[block];", "",
+          select("rules", dict(cdfthreshd=0.5, causal=True, causal_offset=1), "subblock")),
+    Fault("the variance has no cap", SELECT, "min_of(x, kVarianceCap) * kLog2E", "x * kLog2E",
+          select("rules", dict(topk=0.2, scale=1.5), "subblock")),
+    Fault("the variance has the mean's scale", SELECT, "shared.scale[buffer][kind][n * 8", "shared.scale[buffer][0][n * 8", LENGTHS),
+    Fault("keys of another head are scored", SELECT, "t.b * p.kv_heads + t.h / (p.heads / p.kv_heads)",
+          "t.b * p.kv_heads + t.h % p.kv_heads", LENGTHS),
+    Fault("the judge looks at the first head", SELECT, "p.k_sim[t.k_row + j] < sim", "p.k_sim[j] < sim", LENGTHS),
+    Fault("the count is rounded down", SELECT, "(float)n_free, 0.0f) + 0.5f)", "(float)n_free, 0.0f))", LENGTHS),
+    Fault("what is forced does not count", SELECT, "wanted = cdf - forced_mass;", "wanted = cdf;",
+          select("rules", dict(cdfthreshd=0.3, always_keep={"q": [(0, 10)], "k": [(990, 1000)]}), "subblock")),
+    Fault("lists run over", SELECT, "kept = kept && position < p.capacity;", "", select("capacity_is_never_passed")),
+    Fault("strides of the block map swapped", SELECT, "t.b * p.map_batch + t.h * p.map_head", "t.b * p.map_head + t.h * p.map_batch",
+          select("block_maps", (2, 4), False)),
+    Fault("kept blocks are pooled with weight 0", SELECT, "if (weight != 0.0f) sums[i]", "sums[i]",
+          select("a_skipped_block_without_numbers_stays_out_of_other_rows")),
+    Fault("weights of another tile", SELECT, "shared.log_weight[buffer][column]", "shared.log_weight[0][column]", SIZES),
+]  # fmt: skip
+
+FAULTS = [*ATTENTION, *PREPASS, *CHOICE]
