@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import itertools
 import math
 import random
@@ -411,6 +412,30 @@ def test_the_environment_chooses_the_form_of_p_and_v(gpu, monkeypatch, value, ca
         assert machine is None and "SPARGE_PV" in reason and "sm_86" in reason
     else:
         assert machine.pv == pv and machine.arch == f"sm_{capability[0]}{capability[1]}"
+
+
+def test_launches_go_through_the_loader_and_the_driver(gpu, monkeypatch, rand):
+    """The real machine: kernels of its device, on its current stream, inside its device context."""
+    gpu()
+    inside, launches = [], []
+
+    @contextlib.contextmanager
+    def device(index):
+        inside.append(index)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(backend.driver, "current_stream", lambda index: 50 + index)
+    monkeypatch.setattr(loader, "kernel", lambda device, variant, symbol: (device, variant.name, symbol))
+    monkeypatch.setattr(backend.driver, "launch", lambda kernel, *rest: launches.append((kernel, *rest[:3], rest[4], list(inside))))
+    q, k, v = tensors(rand)
+    call = dataclasses.replace(call_of(q, k), device=GPU)
+    backend.run(call, q, k, v, Rule(0.3, None, -1.0), None, None)
+    assert [kernel[2] for kernel, *_ in launches] == KERNELS and {kernel[0] for kernel, *_ in launches} == {0}
+    assert all(threads == 256 and stream == 50 and within == [0] for _, _, threads, _, stream, within in launches)
+    assert all(grid > 0 and shared > 0 for _, grid, _, shared, _, _ in launches)
 
 
 def test_report_without_a_gpu(gpu):
