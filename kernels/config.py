@@ -60,7 +60,8 @@ def variants(arch: str) -> tuple[Variant, ...]:
     for dim in DIMS:
         for i, dtype in enumerate(DTYPES):
             defines, symbols = (("SPARGE_DIM", dim), ("SPARGE_INPUT", i)), ("sparge_statistics", "sparge_prepass")
-            found.append(Variant(prepass_name(dim, dtype), "prepass.cuh", symbols, defines, prepass_shared(dim), 0))
+            # ptxas stops at 80 registers, three blocks a multiprocessor, and on some archs pays with up to 8 bytes of local memory.
+            found.append(Variant(prepass_name(dim, dtype), "prepass.cuh", symbols, defines, prepass_shared(dim), 32))
         found.append(Variant(select_name(dim), "select.cuh", ("sparge_select",), (("SPARGE_DIM", dim),), 0, 0))
         for i, pv in enumerate(PV):
             for masked in (False, True):

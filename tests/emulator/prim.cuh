@@ -3,9 +3,6 @@
 // so is a lane, mask or delta outside 0..31, which the device would wrap.
 #pragma once
 
-// What the kernels compile for: an arch that has every function of prim.cuh.
-#define __CUDA_ARCH__ 890
-
 typedef signed char int8_t;
 typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;
