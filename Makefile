@@ -11,7 +11,7 @@ help:
 	@echo "make bench        the cuda backend on this NVIDIA GPU: checked, then timed against PyTorch and every installed peer; SHORT=1 takes a minute,"
 	@echo "                  ACTIVATIONS=file.safetensors times the q, k, v in a file; without a GPU: what a call costs on the host"
 	@echo "make bench-torch  the torch backend against PyTorch's dense attention on this CPU"
-	@echo "make clean        remove .venv, .comfyui and demo_output"
+	@echo "make clean        remove what the others made"
 	@echo "PYTHON=python3.12 picks the interpreter, COMFYUI_PATH=/path/to/ComfyUI another ComfyUI"
 
 setup:
@@ -35,4 +35,4 @@ bench-torch: setup
 	@$(RUN) tests/bench/bench_torch.py
 
 clean:
-	rm -rf .venv .comfyui demo_output build *.egg-info
+	rm -rf .venv .comfyui .emulator demo_output build *.egg-info

@@ -120,7 +120,7 @@ def sparse_attention(
     scale : finite, > 0
         Default D ** -0.5.
     key_mask : bool (B, S_k), True = attend; or additive float (B, S_k)
-        Float values <= -1e4 count as masked. Fully masked blocks are not visited.
+        Float values are finite, or <= -1e4 (-inf too) for a masked key. Fully masked blocks are not visited.
     always_keep : [(start, end), ...] or {"q": [...], "k": [...]}
         Token ranges, in the caller's indices: key blocks they touch are kept by every row, query blocks they touch attend to everything visible.
     order : OrderPlan

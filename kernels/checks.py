@@ -50,6 +50,8 @@ def tensors(q: Tensor, k: Tensor, v: Tensor | None, layout: str) -> tuple[Tensor
     if layout == "NHD":
         named = {name: x.transpose(1, 2) for name, x in named.items()}
     q, k, v = named["q"], named["k"], named.get("v")
+    if q.shape[3] > 1 and any(size > 1 and stride <= 1 for size, stride in zip(q.shape[:3], q.stride()[:3], strict=True)):
+        q = q.contiguous()  # overlapping rows: the output, made like q, would not be contiguous in its last dimension
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(f"k must have q's batch and head_dim, got {_axes(q)} for q and {_axes(k)} for k; pass tensors of one call")
     if v is not None and v.shape != k.shape:

@@ -55,7 +55,6 @@ class Variant:
 
 def variants(arch: str) -> tuple[Variant, ...]:
     """Every binary that exists on `arch` ("sm_86")."""
-    fp8 = number(arch) == 89 or number(arch) // 10 == 12  # others run FP8 mma.sync as conversions around fp16, or not at all
     found = []
     for dim in DIMS:
         for i, dtype in enumerate(DTYPES):
@@ -65,7 +64,7 @@ def variants(arch: str) -> tuple[Variant, ...]:
         found.append(Variant(select_name(dim), "select.cuh", ("sparge_select",), (("SPARGE_DIM", dim),), 0, 0))
         for i, pv in enumerate(PV):
             for masked in (False, True):
-                if pv != "fp8" or fp8:
+                if pv != "fp8" or has_fp8(arch):
                     defines = (("SPARGE_DIM", dim), ("SPARGE_PV", i), ("SPARGE_MASKED", int(masked)))
                     found.append(
                         Variant(
@@ -73,6 +72,11 @@ def variants(arch: str) -> tuple[Variant, ...]:
                         )
                     )
     return tuple(found)
+
+
+def has_fp8(arch: str) -> bool:
+    """Whether FP8 P and V pay on `arch`: elsewhere mma.sync has them only as conversions around fp16, or not at all."""
+    return number(arch) == 89 or number(arch) // 10 == 12
 
 
 def number(arch: str) -> int:

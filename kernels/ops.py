@@ -7,6 +7,7 @@ the folder, a script imports the installed one) live in one process without touc
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +66,8 @@ _SCHEMAS = {
 def _select(q, k, topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads, key_mask, causal, causal_offset, scale, smooth_k, keep_q, keep_k, perm,
             backend):  # fmt: skip
     call = _call(q, k, backend, scale, causal, causal_offset, smooth_k, 15.0, False, False, keep_q, keep_k, perm, key_mask)
-    return TABLE[choose(call)].select(call, q, k, _rule(topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads), key_mask)
+    with _as_given(q):
+        return TABLE[choose(call)].select(call, q, k, _rule(topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads), key_mask)
 
 
 def _attend(q, k, v, block_map, topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads, pvthreshd, pv_heads, compensate, want_lse, key_mask, causal,
@@ -73,7 +75,14 @@ def _attend(q, k, v, block_map, topk, cdf, sim, score, topk_heads, cdf_heads, si
     pv = pvthreshd if pv_heads is None else pv_heads
     call = _call(q, k, backend, scale, causal, causal_offset, smooth_k, pv, compensate, want_lse, keep_q, keep_k, perm, key_mask)
     rule = None if block_map is not None else _rule(topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads)
-    return TABLE[choose(call)].run(call, q, k, v, rule, block_map, key_mask)
+    with _as_given(q):
+        return TABLE[choose(call)].run(call, q, k, v, rule, block_map, key_mask)
+
+
+def _as_given(q: Tensor):
+    """A context in which autocast leaves the backends' fp32 products alone."""
+    kind = q.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _call(q, k, backend, scale, causal, causal_offset, smooth_k, pvthreshd, compensate, want_lse, keep_q, keep_k, perm, key_mask) -> Call:

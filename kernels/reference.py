@@ -133,7 +133,7 @@ def _round_p(p: Tensor, tile_top: Tensor, top: Tensor, pv: str) -> tuple[Tensor,
     """P as the kernel would hold it, and the row sum that the kernel would take."""
     if pv == "int8":  # unsigned, against the row's maximum in this tile; the fp32 row sum is that of the unrounded P
         unit = torch.where(tile_top == -math.inf, 1.0, (tile_top - top).exp()) / 255
-        return (p / unit[:, None]).round() * unit[:, None], p.sum(-1)
+        return (p / torch.where(unit > 0, unit, 1.0)[:, None]).round() * unit[:, None], p.sum(-1)
     if pv == "fp8":  # offset by 2**8 so that e4m3's range is used; the row sum is that of the rounded P
         rounded = (p.float() * 256).to(torch.float8_e4m3fn).to(p.dtype) / 256
         return rounded, rounded.sum(-1)

@@ -214,10 +214,15 @@ def _blocks(x: Tensor, block: int, dim: int = -1) -> Tensor:
 
 def touched(ranges: tuple[int, ...], length: int, block: int, perm: Tensor | None, device: torch.device) -> Tensor:
     """bool (N,): blocks, in plan order, that hold a token of one of the ranges."""
+    if perm is None:
+        found = torch.zeros(num_blocks(length, block), dtype=torch.bool, device=device)
+        for start, end in zip(ranges[::2], ranges[1::2], strict=True):
+            found[start // block : num_blocks(end, block) if end > start else 0].fill_(True)
+        return found
     token = torch.zeros(length, dtype=torch.bool, device=device)
     for start, end in zip(ranges[::2], ranges[1::2], strict=True):
-        token[start:end] = True
-    return _blocks(token if perm is None else token[perm], block).any(-1)
+        token[start:end].fill_(True)
+    return _blocks(token[perm], block).any(-1)
 
 
 def _log_count(keys: Keys | None, batch: int, s_k: int, n_q: int, causal: bool, offset: int, s_q: int, device: torch.device) -> Tensor:

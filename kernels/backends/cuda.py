@@ -133,8 +133,8 @@ def _machine(index: int) -> tuple[Machine | None, str | None]:
     arch = f"sm_{major}{minor}"
     pv = environment.pv() or config.pv_for(arch)
     reason = driver.why_not(arch)
-    if reason is None and pv == "fp8" and config.number(arch) < 89:
-        reason = f"SPARGE_PV is fp8, which {arch} cannot compute; set int8 or fp16, or unset it"
+    if reason is None and pv == "fp8" and not config.has_fp8(arch):
+        reason = f"SPARGE_PV is fp8, which these kernels have for sm_89 and sm_120 only, this GPU is {arch}; set int8 or fp16, or unset it"
     return (None, reason) if reason is not None else (Machine(index, arch, pv), None)
 
 
@@ -173,10 +173,6 @@ class Machine:
     def stream(self) -> int:
         """The stream that PyTorch works on now."""
         return driver.current_stream(self.index)
-
-    def capturing(self) -> bool:
-        """Whether the current stream records a CUDA graph: what is made then holds nothing until the graph runs."""
-        return torch.cuda.is_current_stream_capturing()
 
 
 class _Work:
@@ -251,8 +247,8 @@ class _Work:
                 setattr(p, name, value)
         for name, ranges, length, block in (("forced_q", call.keep_q, call.s_q, BLOCK_Q), ("forced_k", call.keep_k, call.s_k, BLOCK_K)):
             if ranges:
-                find = _forced.__wrapped__ if self.machine.capturing() else _forced
-                held.append(find(ranges, length, block, call.perm, call.device, self.stream))
+                # Made anew each time: what is kept over calls may come from the memory of a CUDA graph, which is the graph's own.
+                held.append(touched(ranges, length, block, call.perm, call.device))
                 setattr(p, name, held[-1].data_ptr())
         return held
 
@@ -325,12 +321,6 @@ def _judged(rule: Rule) -> bool:
 
 def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
-
-
-@lru_cache(maxsize=64)
-def _forced(ranges: tuple[int, ...], length: int, block: int, perm: Tensor | None, device: torch.device, stream: int) -> Tensor:
-    """Which blocks hold a token of the ranges, one byte each. Kept for the next call on the same stream; `perm` is told apart by identity."""
-    return touched(ranges, length, block, perm, device)
 
 
 @lru_cache(maxsize=256)

@@ -1,1 +1,1 @@
-"""Device code, its binaries, and what loads and launches them. Nothing here is imported before a call asks for a GPU."""
+"""Device code, its binaries, and what loads and launches them. Importing it touches no driver: that waits for the first call on a GPU."""

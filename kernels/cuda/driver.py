@@ -20,6 +20,7 @@ OLDEST, OLDEST_BLACKWELL = 12000, 12080
 """CUDA versions of the oldest drivers that serve: in general, and for sm_100 and above, whose binaries older ones do not read."""
 
 _OUT_OF_MEMORY = 2
+_NO_CONTEXT = 201
 # Answers to a binary, not to what the GPU was doing: no image, no code for this GPU, invalid source, symbol missing, not supported.
 _REFUSALS = {200, 209, 300, 500, 801}
 _MAJOR, _MINOR, _SHARED_OPT_IN = 75, 76, 97  # CUdevice_attribute
@@ -110,13 +111,21 @@ class Driver:
         torch.cuda.OutOfMemoryError, RuntimeError
             Anything else.
         """
-        library, handle, context = self._library, self._device(device), _POINTER()
-        self._check(library.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain")
-        self._check(library.cuCtxPushCurrent_v2(context), "cuCtxPushCurrent")
+        library = self._library
+        self._check(library.cuCtxPushCurrent_v2(self._context(device)), "cuCtxPushCurrent")
         try:
             return self._load(code, device, symbols, origin)
         finally:
             library.cuCtxPopCurrent_v2(ctypes.byref(_POINTER()))
+
+    def enter(self, device: int) -> None:
+        """Makes torch's context of `device` the calling thread's own, as the CUDA runtime does at a thread's first use of it."""
+        self._check(self._library.cuCtxSetCurrent(self._context(device)), "cuCtxSetCurrent")
+
+    def _context(self, device: int) -> ctypes.c_void_p:
+        context = _POINTER()
+        self._check(self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), self._device(device)), "cuDevicePrimaryCtxRetain")
+        return context
 
     def _load(self, code: bytes, device: int, symbols: tuple[str, ...], origin: str) -> dict[str, Kernel]:
         library, module = self._library, _POINTER()
@@ -192,6 +201,9 @@ def launch(kernel: Kernel, grid: int, threads: int, shared: int, params: ctypes.
     """
     argument = _ONE_POINTER(ctypes.addressof(params))
     status = kernel.driver.launch_function(kernel.handle, grid, 1, 1, threads, 1, 1, shared, stream, argument, None)
+    if status == _NO_CONTEXT:  # a thread in which the CUDA runtime has done nothing yet
+        kernel.driver.enter(kernel.device)
+        status = kernel.driver.launch_function(kernel.handle, grid, 1, 1, threads, 1, 1, shared, stream, argument, None)
     if status:
         what = f"{kernel.name}, {kernel.origin}, grid {grid}, {threads} threads, {shared} bytes of shared memory (at most {kernel.shared_limit})"
         raise kernel.driver.error(status, "cuLaunchKernel", what)

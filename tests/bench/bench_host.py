@@ -51,9 +51,6 @@ class StubMachine:
     def stream(self):
         return 0
 
-    def capturing(self):
-        return False
-
 
 class _Stopwatch:
     """A machine whose launches are timed on the host."""

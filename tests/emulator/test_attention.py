@@ -267,6 +267,16 @@ def test_nan_and_infinity_stay_in_their_rows_and_heads():
     assert out[0, 1, :, 7].isnan().all() and torch.equal(out[0, 1, :, :7], clean[0, 1, :, :7])
 
 
+@pytest.mark.parametrize("size", (60.0, 100.0, 1000.0), ids=lambda s: f"times{s:g}")
+def test_weights_of_huge_scores_do_not_wrap(size):
+    """log2(255) minus a large maximum is rounded by more than the last step that a byte has room for."""
+    q, k, v, kept = inputs(16, 1, 2, 2, 128, 192, 64)
+    problem = Problem(q * size, k * size, v, kept | True)
+    out, _, _ = problem.run()
+    simulated, _, _ = reference.attention(q * size, k * size, v, qk="int8", pv="int8", key_tile=128)
+    assert relative(out, simulated) < 0.02
+
+
 @pytest.mark.parametrize("pv", ("int8", "fp8", "fp16"))
 @pytest.mark.parametrize("dim", (64, 128), ids=lambda d: f"d{d}")
 def test_the_state_of_skipped_blocks_joins_at_the_end(dim, pv):

@@ -57,9 +57,6 @@ class EmulatedMachine:
     def stream(self):
         return 0
 
-    def capturing(self):
-        return False
-
 
 @pytest.fixture(autouse=True)
 def guards(monkeypatch):

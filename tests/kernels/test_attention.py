@@ -525,3 +525,21 @@ def test_a_common_part_of_the_bias_costs_no_precision(dtype, common):
     true = scores.softmax(-1) @ v.double()
     assert (out.double() - true).norm() / true.norm() < 0.02
     torch.testing.assert_close(lse.double() - common, scores.logsumexp(-1), rtol=1e-4, atol=5e-2)
+
+
+def test_autocast_leaves_the_call_alone(rand, clustered):
+    q, k = clustered(1, 1, 1, 128, 64), clustered(3, 1, 1, 4096, 64)
+    v = 300 * k
+    options = dict(topk=0.1, compensate=True)
+    plain, blocks = sparse_attention(q, k, v, **options), select_blocks(q, k, topk=0.1).to_dense()
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert torch.equal(sparse_attention(q, k, v, **options), plain)
+        assert torch.equal(select_blocks(q, k, topk=0.1).to_dense(), blocks)
+
+
+def test_overlapping_rows_of_q(rand):
+    """A sliding window: rows one element apart. An output made like it would not be contiguous in its last dimension."""
+    q = rand(0, 400).as_strided((1, 1, 40, 64), (400, 400, 1, 1))
+    k, v = rand(1, 1, 1, 100, 64), rand(2, 1, 1, 100, 64)
+    out = sparse_attention(q, k, v, topk=1.0)
+    assert out.stride(3) == 1 and torch.equal(out, sparse_attention(q.clone(memory_format=torch.contiguous_format), k, v, topk=1.0))

@@ -20,7 +20,8 @@ from sparge_kernels.cuda.params import SelectParams
 NAMES = {
     code: b"CUDA_ERROR_" + name
     for code, name in (
-        (1, b"INVALID_VALUE"), (2, b"OUT_OF_MEMORY"), (100, b"NO_DEVICE"), (200, b"INVALID_IMAGE"), (209, b"NO_BINARY_FOR_GPU"), (500, b"NOT_FOUND"),
+        (1, b"INVALID_VALUE"), (2, b"OUT_OF_MEMORY"), (100, b"NO_DEVICE"), (200, b"INVALID_IMAGE"), (201, b"INVALID_CONTEXT"),
+        (209, b"NO_BINARY_FOR_GPU"), (500, b"NOT_FOUND"),
         (700, b"ILLEGAL_ADDRESS"),
     )
 }  # fmt: skip
@@ -89,6 +90,7 @@ class Library:
             "cuDevicePrimaryCtxRetain": put(7),
             "cuCtxPushCurrent_v2": push,
             "cuCtxPopCurrent_v2": pop,
+            "cuCtxSetCurrent": None,
             "cuLibraryLoadData": inside(put(0x10)),
             "cuLibraryUnload": None,
             "cuLibraryGetKernel": inside(lambda out, module, symbol: put(self.symbols[symbol])(out)),
@@ -119,6 +121,20 @@ def test_load_leaves_kernels_ready_with_all_the_shared_memory():
     assert [(f.value, which, value) for f, which, value in library.of("cuFuncSetAttribute")] == [(0x1011, 8, 100864), (0x1012, 8, 100864)]
     assert [device for _, device in library.of("cuDevicePrimaryCtxRetain")] == [41]
     assert library.depth == 0 and not library.of("cuLibraryUnload")
+
+
+def test_a_thread_without_a_context_gets_torchs_and_tries_again():
+    """PyTorch's memory may come from its cache and its current device may not change: then nothing before a launch makes a context current."""
+    library = Library(cuLaunchKernel=201)
+    library.cuCtxSetCurrent.fill = lambda context: library.status.pop("cuLaunchKernel") if context.value == 7 else None
+    kernel = Driver(library).load(b"code", 1, ("sparge_one",), "some_variant")["sparge_one"]
+    launch(kernel, 3, 256, 64, SelectParams(), 5)
+    assert len(library.of("cuCtxSetCurrent")) == 1 and len(library.of("cuLaunchKernel")) == 2
+    assert [device for _, device in library.of("cuDevicePrimaryCtxRetain")] == [41, 41]
+    library.status["cuLaunchKernel"] = 201
+    library.cuCtxSetCurrent.fill = None
+    with pytest.raises(RuntimeError, match="INVALID_CONTEXT"):
+        launch(kernel, 3, 256, 64, SelectParams(), 5)
 
 
 @pytest.mark.parametrize("call, status", [("cuLibraryLoadData", 200), ("cuLibraryGetKernel", 500), ("cuKernelGetFunction", 209)])

@@ -141,3 +141,12 @@ def test_quantised_forms_with_zero_channels_masks_and_blind_rows(rand, form):
     assert out.isfinite().all() and (out[..., 3] == 0).all()
     assert (out[:, :, :11] == 0).all() and (lse[:, :, :11] == -math.inf).all()
     assert (out - truth).norm() / truth.norm() < 0.06
+
+
+def test_tiles_too_far_below_for_any_weight_stay_numbers():
+    """e ** -1000 is zero even in fp64, and so is the step that P is rounded to."""
+    q = torch.ones(1, 1, 1, 64)
+    k = torch.cat([torch.zeros(64, 64), torch.full((64, 64), 200.0), torch.zeros(64, 64)])[None, None]
+    v = torch.randn(1, 1, 192, 64, generator=torch.Generator().manual_seed(0))
+    out, lse, _ = reference.attention(q, k, v, qk="exact", pv="int8")
+    assert torch.allclose(out[0, 0, 0], v[0, 0, 64:128].double().mean(0), atol=0.02) and bool(lse.isfinite().all())

@@ -111,7 +111,9 @@ DEVICE bool softmax(const int (&acc)[kKeyTiles][4], const float (&factor)[kTileB
     float top = max_of(rows.top[h], own);
     decay[h] = exp2_of(rows.top[h] - top);
     rows.top[h] = top;
-    base[h] = kPv == kPvInt8 ? kLog2Of255 - own : kOffset - top;
+    // What rounding the two sums of large scores may add must not take P past 255, where its byte would wrap.
+    float slack = max_of(absolute(own) - 8192.0f, 0.0f) * (1.0f / 2097152.0f);
+    base[h] = kPv == kPvInt8 ? kLog2Of255 - own - slack : kOffset - top;
     gain[h] = kPv == kPvInt8 ? exp2_of(own - top) * (1.0f / 255.0f) : 1.0f;
   }
   float sum[2] = {0.0f, 0.0f};

@@ -61,7 +61,7 @@ struct PrepassParams {
   int8_t* k8;                // (B, H_kv, N_k * 64, E) of K minus its centre; masked rows and what lies past the end are zero
   float* k_scale;            // (B, H_kv, N_k) absmax / 127
   void* v8;                  // int8 and e4m3: (B, H_kv, N_k, E, 64) permuted as above; fp16: (B, H_kv, N_k * 64, E). Masked rows are zero
-  float* v_scale;            // (B, H_kv, E): int8 absmax / 127; e4m3 absmax / 448; fp16 1, or the power of two that brings absmax under 32768
+  float* v_scale;            // (B, H_kv, E): int8 absmax / 127; e4m3 absmax / 448; fp16 the power of two that brings absmax into (16384, 32768]
   float* bias2;              // (B, N_k * 64) key bias in log2 units, -inf where masked or past the end; null without a mask
   // Pools: fp16 pairs x = (high + low) * scale with a power of two per row, so that a product of three fp16 MMAs is as good as fp32.
   uint16_t* q_mean;          // (B, H, N_q * 4, 2, E) [high, low] means of 32 rows over the rows that exist; zero where none does
@@ -122,7 +122,7 @@ struct AttentionParams {
   const float* lse_shift;          // (B, H, S_q) plan order; given with lse
   const float* top;                // (B,) largest key bias, added to lse; or null
   const float* pv_heads;           // (H,) or null
-  int32_t* skips;                  // (B, H, 2): dropped tiles, kept tiles, counted per warp of 16 rows
+  int32_t* skips;                  // (B, H, 2): tiles that were dropped, all tiles of the lists; per warp of 16 rows
   const float* state;              // compensation, as above; or null
   const float* row_shift;          // (B, H, S_q, D) fp32, caller's order: scale * C q per row, what the shift weight multiplies; null without a shift
   float pvthreshd;                 // log2 units

@@ -159,9 +159,7 @@ DEVICE float quotient(float x, float scale, float inverse) {
 }
 
 DEVICE uint32_t pack_value(bool fp8, float a, float b, float c, float d) {
-#if __CUDA_ARCH__ >= 890
   if (fp8) return pack_e4m3(a, b, c, d);
-#endif
   return pack_int8(a, b, c, d);
 }
 
@@ -427,9 +425,9 @@ DEVICE float v_scale_of(const PrepassParams& p, int kv_row, int channel) {
   for (int split = 0; split < p.splits; split++) top = max_of(top, p.v_absmax[((int64_t)kv_row * p.splits + split) * kDim + channel]);
   if (p.pv != kPvHalf) return scale_of(top, p.pv == kPvInt8 ? 127 : 448);
   if (top >= kInfinity) return as_float(top);
-  // 2 ** n with absmax <= 2 ** (n + 15), at least 1.
+  // The smallest 2 ** n with absmax <= 2 ** (n + 15): small values would be subnormal in fp16, large ones infinite.
   const uint32_t ceiling = (top + 0x7fffffu) >> 23;
-  return as_float((max_of(ceiling, 127u + 15) - 15) << 23);
+  return top == 0 ? 1.0f : as_float((max_of(ceiling, 16u) - 15) << 23);
 }
 
 // The thread's rows of a key block of k or v: the keys of neighbouring positions of transposed V.
