@@ -1,0 +1,62 @@
+// The node SpargeMonitor in the browser: numbers of a run while it is sampled.
+
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+import { namesOf } from "./lib/ids.js";
+import { translator } from "./lib/strings.js";
+import { addStyle } from "./monitor_dom.js";
+import { MonitorView } from "./monitor_view.js";
+
+const NODE = "SpargeMonitor";
+const MIN_HEIGHT = 480;
+const SIZE = [460, 640];
+
+const views = new Map(); // node -> view, of the nodes that are in a graph
+
+app.registerExtension({
+  name: "sparge.monitor",
+
+  init() {
+    addStyle();
+    api.addEventListener("sparge.run", ({ detail }) => views.forEach((view) => view.receive(detail)));
+    api.addEventListener("reconnected", () => views.forEach((view) => view.refresh()));
+  },
+
+  nodeCreated(node) {
+    if (node.comfyClass === NODE) addMonitor(node);
+  },
+
+  loadedGraphNode(node) {
+    views.get(node)?.refresh();
+  },
+});
+
+function addMonitor(node) {
+  const view = new MonitorView(translator(locale()), (address) => api.fetchApi(address), () => namesOf(node, app.rootGraph ?? app.graph));
+  node.addDOMWidget("monitor", "sparge_monitor", view.element, { serialize: false, hideOnZoom: false, getMinHeight: () => MIN_HEIGHT });
+  node.setSize([Math.max(node.size[0], SIZE[0]), Math.max(node.size[1], SIZE[1])]);
+  const enter = () => {
+    views.set(node, view);
+    view.attach();
+  };
+  const leave = () => {
+    views.delete(node);
+    view.detach();
+  };
+  chain(node, "onAdded", enter);
+  chain(node, "onRemoved", leave);
+  if (node.graph) enter();
+}
+
+function chain(node, name, added) {
+  const before = node[name];
+  node[name] = function (...values) {
+    const result = before?.apply(this, values);
+    added();
+    return result;
+  };
+}
+
+function locale() {
+  return app.extensionManager?.setting?.get("Comfy.Locale") ?? app.ui?.settings?.getSettingValue("Comfy.Locale");
+}
