@@ -35,8 +35,8 @@ test("shares keep the digits that tell them apart", () => {
 });
 
 test("durations", () => {
-  const texts = [0.04, 8.26, 512, 1500, 41000, 125000, null].map((ms) => duration(ms, t));
-  assert.deepEqual(texts, ["0.0 ms", "8.3 ms", "512 ms", "1.5 s", "41 s", "2 min 05 s", "–"]);
+  const texts = [0, 0.04, 8.26, 512, 1500, 41000, 125000, null].map((ms) => duration(ms, t));
+  assert.deepEqual(texts, ["0 ms", "0.0 ms", "8.3 ms", "512 ms", "1.5 s", "41 s", "2 min 05 s", "–"]);
   assert.equal(integer(32760, t), "32,760");
 });
 
@@ -128,6 +128,8 @@ test("cells do not overlap", () => {
 test("labels begin at 0 and keep apart", () => {
   assert.deepEqual(ticks(6, 300, 20), [0, 1, 2, 3, 4, 5]);
   assert.deepEqual(ticks(50, 400, 26), [0, 5, 10, 15, 20, 25, 30, 35, 40, 45]);
+  assert.deepEqual(ticks(50, 400, 26, 1), [0, 4, 9, 14, 19, 24, 29, 34, 39, 44, 49]);
+  assert.deepEqual(ticks(12, 400, 26, 1), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]);
   assert.deepEqual(ticks(0, 300, 20), []);
   assert.deepEqual(ticks(5000, 10, 20), [0]);
 });

@@ -55,7 +55,8 @@ const CSS = `
 .sparge-paper { position: absolute; background: var(--sparge-paper); }
 .sparge-labels span { position: absolute; font-size: 10px; line-height: 12px; color: var(--sparge-faded); pointer-events: none; white-space: nowrap; }
 .sparge-labels .sparge-x { transform: translateX(-50%); }
-.sparge-labels .sparge-y { transform: translateY(-50%); width: 26px; left: 0; text-align: right; }
+.sparge-labels .sparge-y { transform: translateY(-50%); width: 32px; left: 0; text-align: right; }
+.sparge-labels .sparge-axis { left: -1px; writing-mode: vertical-rl; transform: translateY(-50%) rotate(180deg); }
 .sparge-cursor { position: absolute; pointer-events: none; border: 2px solid #fff; outline: 2px solid #000; border-radius: 1px; }
 .sparge-legend { display: flex; align-items: center; gap: 6px; font-size: 11px; color: var(--sparge-faded); white-space: nowrap; }
 .sparge-bar { flex: 1 1 60px; height: 10px; border-radius: 2px; }
@@ -72,8 +73,16 @@ const CSS = `
 .sparge-picture { flex: 1 1 auto; min-height: 0; min-width: 0; position: relative; }
 .sparge-picture canvas { image-rendering: pixelated; }
 .sparge-picture > canvas { position: absolute; left: 0; top: 0; width: 100%; height: 100%; object-fit: contain; object-position: left top; }
+.sparge-square { flex: 0 1 auto; aspect-ratio: 1; }
 .sparge-tiles { position: absolute; inset: 0; display: grid; gap: 3px; place-content: start; }
 `;
+
+/** The colour scale between two numbers, and the elements around it: { element, low, high }. */
+export function legend(gradient, ...more) {
+  const [low, high, bar] = [el("span", { text: "0" }), el("span", { text: "1" }), el("span", { class: "sparge-bar" })];
+  bar.style.background = gradient;
+  return { element: el("div", { class: "sparge-legend" }, low, bar, high, ...more), low, high };
+}
 
 /** Adds the monitor's style sheet to the page, once. */
 export function addStyle() {

@@ -3,8 +3,8 @@
 import { integer } from "./lib/format.js";
 import { tileColumns } from "./lib/layout.js";
 import { readMap } from "./lib/map.js";
-import { TABLE } from "./lib/palette.js";
-import { choice, el, setText } from "./monitor_dom.js";
+import { TABLE, gradient } from "./lib/palette.js";
+import { choice, el, legend, setText } from "./monitor_dom.js";
 
 export class MapPanel {
   /** `load(address)` resolves to a Response of the server; `onClose()` is called when the user closes the panel. */
@@ -23,7 +23,7 @@ export class MapPanel {
     const parts = ["queries", "keys"].map((value) => ({ value, text: t(value), title: t(`${value}Title`) }));
     this.parts = choice(t("frames"), parts, (value) => this.show(value), signal);
     this.tiles = el("div", { class: "sparge-tiles" });
-    const pictureSide = el("div", { class: "sparge-map-part" }, el("div", { class: "sparge-picture" }, this.picture), this.axes);
+    const pictureSide = el("div", { class: "sparge-map-part" }, el("div", { class: "sparge-picture sparge-square" }, this.picture), this.axes, legend(gradient()).element);
     this.frameBox = el("div", { class: "sparge-picture" }, this.tiles);
     this.frameSide = el("div", { class: "sparge-map-part" }, this.parts.element, this.frameBox);
     this.body = el("div", { class: "sparge-map-body" }, pictureSide, this.frameSide);

@@ -5,7 +5,7 @@ import { isFor } from "./lib/ids.js";
 import { moved } from "./lib/layout.js";
 import { QUANTITIES, choose, emptyModel, hasNumbers, lastStep, receive, replace, scaleOf, shownRun, stepNumbers } from "./lib/model.js";
 import { gradient } from "./lib/palette.js";
-import { choice, el, setText } from "./monitor_dom.js";
+import { choice, el, legend, setText } from "./monitor_dom.js";
 import { HeatMap, hatchCss } from "./monitor_heat_map.js";
 import { MapPanel } from "./monitor_map.js";
 
@@ -23,7 +23,7 @@ export class MonitorView {
     this.since = null; // messages that arrive while the server is asked for everything
     this.frame = 0;
     this.drawMs = []; // what the last messages took to show
-    this.element = el("div", { class: "sparge-monitor" });
+    this.element = el("div", { class: "sparge-monitor widget-expands" }); // the second: "Nodes 2.0" gives it the node's whole height
     this.unreachable = false;
   }
 
@@ -60,24 +60,17 @@ export class MonitorView {
     this.heat = new HeatMap();
     const options = QUANTITIES.map((value) => ({ value, text: t(value), title: t(`${value}Title`) }));
     this.quantities = choice(t("quantity"), options, (value) => this.pick(value), signal);
-    this.legend = ["0", "0.5", "1"].map((text) => el("span", { text }));
+    this.legend = legend(gradient(), ...this.swatches());
     this.cellLine = el("div", { class: "sparge-cell", role: "status", "aria-live": "polite" });
     this.reasonsTitle = el("div", { class: "sparge-faded", text: t("denseBecause") });
     this.reasons = el("ul", { class: "sparge-reasons", tabindex: "0", "aria-label": t("denseBecause") });
     this.cost = el("div", { class: "sparge-faded" });
     this.map = new MapPanel(t, this.load, () => this.closeMap(), signal);
-    const legend = el("div", { class: "sparge-legend" }, this.legend[0], this.bar(), this.legend[1], ...this.swatches());
-    const stage = el("div", { class: "sparge-stage" }, this.quantities.element, this.heat.element, legend, this.cellLine, this.map.element);
+    const stage = el("div", { class: "sparge-stage" }, this.quantities.element, this.heat.element, this.legend.element, this.cellLine, this.map.element);
     const top = el("div", { class: "sparge-row" }, this.facts, this.runs);
     const parts = [top, this.headline, this.warning, this.note, this.numbers, stage, this.reasonsTitle, this.reasons, this.cost];
     this.element.replaceChildren(...parts);
     this.listen(signal);
-  }
-
-  bar() {
-    const bar = el("span", { class: "sparge-bar" });
-    bar.style.background = gradient();
-    return bar;
   }
 
   swatches() {
@@ -213,9 +206,9 @@ export class MonitorView {
     if (this.quantity === "error" && !measured) this.quantity = "density";
     this.quantities.set(this.quantity);
     const { max, clipped } = scaleOf(run, this.quantity);
-    setText(this.legend[0], quantityText(this.quantity, 0, t));
+    setText(this.legend.low, quantityText(this.quantity, 0, t));
     const top = quantityText(this.quantity, max, t);
-    setText(this.legend[1], clipped ? t("atLeast", { n: top }) : top);
+    setText(this.legend.high, clipped ? t("atLeast", { n: top }) : top);
     this.heat.canvas.setAttribute("aria-label", t("heatMap", { quantity: t(this.quantity), steps: run.steps, layers: run.layers }));
     this.heat.draw(run, this.quantity, t);
     this.heat.point(this.cell);

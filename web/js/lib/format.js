@@ -11,6 +11,7 @@ export function share(value) {
 export function duration(ms, t) {
   if (!isNumber(ms)) return "–";
   const size = Math.abs(ms);
+  if (!size) return t("milliseconds", { n: 0 });
   if (size < 1000) return t("milliseconds", { n: size < 10 ? ms.toFixed(1) : ms.toFixed(0) });
   if (size < 59950) return t("seconds", { n: (ms / 1000).toFixed(size < 10000 ? 1 : 0) });
   return t("minutes", { n: Math.floor(ms / 60000), s: String(Math.floor((ms / 1000) % 60)).padStart(2, "0") });

@@ -1,6 +1,6 @@
 // Where things are on the heat map: steps from left to right, layers from top to bottom, in device pixels.
 
-const LEFT = 30;
+const LEFT = 36;
 const BOTTOM = 16;
 const EDGE = 4;
 
@@ -44,11 +44,15 @@ function indexAt(at, start, end, n) {
   return i;
 }
 
-/** Indices to label on an axis of n cells over `length` pixels, `apart` pixels from each other at least. Always with 0 first. */
-export function ticks(n, length, apart) {
+/**
+ * Indices to label on an axis of n cells over `length` pixels, `apart` pixels from each other at least: 0, and where the label, which counts
+ * from `first`, is a round number.
+ */
+export function ticks(n, length, apart, first = 0) {
   if (!(n > 0) || !(length > 0)) return [];
   const every = [1, 2, 5, 10, 20, 50, 100, 200, 500].find((step) => (step * length) / n >= apart) ?? n;
-  return Array.from({ length: Math.ceil(n / every) }, (_, i) => i * every);
+  const round = Array.from({ length: Math.floor((n - 1 + first) / every) }, (_, i) => (i + 1) * every - first);
+  return [0, ...round.filter((index) => (index * length) / n >= apart)];
 }
 
 const MOVES = {

@@ -3,7 +3,7 @@
 const VIRIDIS = "440154 481769 472a7a 433d84 3d4e8a 355e8d 2e6d8e 297b8e 23898e 1f978b 21a585 2eb37c 46c06f 65cb5e 89d548 b0dd2f d8e219 fde725";
 
 export const STOPS = VIRIDIS.split(" ").map((hex) => [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16)));
-export const HATCH = ["#dcdfe4", "#8a919d"]; // the two greys of a cell that ran dense, told apart from every colour above on light and dark pages
+export const HATCH = ["#a3a8b0", "#737a85"]; // the two greys of a cell that ran dense, quiet on light and dark pages
 
 /** [red, green, blue] of a share; what is outside 0..1 is clipped. */
 export function rgb(share) {
