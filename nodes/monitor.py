@@ -39,7 +39,7 @@ class SpargeMonitor(io.ComfyNode):
             description="Shows while the sampler runs which steps and layers are sparse, how much they keep and where, and what that saves. Put it "
             "anywhere between the loader and the sampler; it changes no picture.",
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="The model from Sparge Attention, or on its way there."),
                 io.Boolean.Input(
                     "measure_dense",
                     default=True,

@@ -69,7 +69,7 @@ def test_contract_of_sparge_report(nodes):
     node = nodes.report.SpargeReport
     assert table_of(node) == SPARGE_REPORT
     assert node.GET_SCHEMA().node_id == "SpargeReport" and node.OUTPUT_NODE
-    assert (node.RETURN_TYPES, node.RETURN_NAMES) == (["*", "IMAGE", "IMAGE", "STRING"], ["data", "heat_map", "frames", "json"])
+    assert (node.RETURN_TYPES, node.RETURN_NAMES) == (["*", "IMAGE", "IMAGE", "STRING", "IMAGE"], ["data", "heat_map", "frames", "json", "maps"])
     assert "unique_id" in node.INPUT_TYPES()["hidden"]
 
 
@@ -86,7 +86,7 @@ def test_defaults_of_the_node_and_of_settings_agree(nodes):
 def test_every_input_has_a_tooltip(nodes):
     for node in (nodes.patch.SpargeAttention, nodes.monitor.SpargeMonitor, nodes.report.SpargeReport):
         for name, (_, options) in [*node.INPUT_TYPES()["required"].items(), *node.INPUT_TYPES().get("optional", {}).items()]:
-            assert name == "model" or options["tooltip"].endswith("."), name
+            assert options["tooltip"].endswith("."), name
 
 
 @pytest.mark.parametrize("cuda", [True, False])
