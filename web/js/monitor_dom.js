@@ -72,7 +72,7 @@ const CSS = `
 .sparge-map-part { flex: 1 1 50%; min-width: 0; min-height: 0; display: flex; flex-direction: column; gap: 4px; }
 .sparge-picture { flex: 1 1 auto; min-height: 0; min-width: 0; position: relative; }
 .sparge-picture canvas { image-rendering: pixelated; }
-.sparge-picture > canvas { position: absolute; left: 0; top: 0; width: 100%; height: 100%; object-fit: contain; object-position: left top; }
+.sparge-picture > canvas { position: absolute; left: 0; top: 0; width: 100%; height: 100%; }
 .sparge-square { flex: 0 1 auto; aspect-ratio: 1; }
 .sparge-tiles { position: absolute; inset: 0; display: grid; gap: 3px; place-content: start; }
 `;

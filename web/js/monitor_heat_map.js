@@ -20,6 +20,12 @@ export class HeatMap {
     this.context = this.canvas.getContext("2d");
     this.painted = new Uint16Array(0); // the look of every cell on the canvas
     this.grid = null;
+    this.size = { width: 0, height: 0 };
+  }
+
+  /** Takes the canvas's size in CSS pixels. Reading it in `draw` would lay out the page once a message. */
+  resize(width, height) {
+    this.size = { width, height };
   }
 
   /** Paints what differs from what is on the canvas; returns how many cells that was. */
@@ -39,7 +45,7 @@ export class HeatMap {
 
   // A canvas that is resized is empty, and so is one for another number of cells.
   place(run, t) {
-    const { clientWidth: width, clientHeight: height } = this.canvas;
+    const { width, height } = this.size;
     const ratio = window.devicePixelRatio || 1;
     const key = [width, height, ratio, run.steps, run.layers, t.locale].join();
     if (key === this.key) return;

@@ -22,7 +22,6 @@ export class MonitorView {
     this.cell = null;
     this.since = null; // messages that arrive while the server is asked for everything
     this.frame = 0;
-    this.drawMs = []; // what the last messages took to show
     this.element = el("div", { class: "sparge-monitor widget-expands" }); // the second: "Nodes 2.0" gives it the node's whole height
     this.unreachable = false;
   }
@@ -32,7 +31,10 @@ export class MonitorView {
     if (this.listening) return;
     this.listening = new AbortController();
     this.build(this.listening.signal);
-    this.observer = new ResizeObserver(() => this.schedule());
+    this.observer = new ResizeObserver(([{ contentRect: { width, height } }]) => {
+      this.heat.resize(width, height);
+      this.schedule();
+    });
     this.observer.observe(this.heat.canvas);
     this.refresh();
     this.schedule();
@@ -148,7 +150,6 @@ export class MonitorView {
 
   render() {
     this.frame = 0;
-    const started = performance.now();
     const run = shownRun(this.model);
     if (run?.number !== this.number) {
       this.number = run?.number;
@@ -157,7 +158,6 @@ export class MonitorView {
     }
     this.showText(run);
     if (run) this.showHeat(run);
-    this.drawMs = [...this.drawMs.slice(-99), performance.now() - started];
   }
 
   showText(run) {

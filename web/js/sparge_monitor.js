@@ -9,7 +9,7 @@ import { MonitorView } from "./monitor_view.js";
 
 const NODE = "SpargeMonitor";
 const MIN_HEIGHT = 480;
-const SIZE = [460, 640];
+const SIZE = [460, 680];
 
 const views = new Map(); // node -> view, of the nodes that are in a graph
 
