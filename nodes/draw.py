@@ -127,8 +127,8 @@ def stats(numbers: dict) -> list[tuple[str, str]]:
     """(value, label) of the totals of a run or a step, as text."""
 
     def calls(kind):
-        count = numbers[f"{kind}_calls"]
-        return f"{count:,} call{'' if count == 1 else 's'}, {numbers[f'{kind}_ms']:,.1f} ms"
+        count, ms = numbers[f"{kind}_calls"], numbers[f"{kind}_ms"]
+        return f"{count:,} call{'' if count == 1 else 's'}" + (f", {ms:,.1f} ms" if ms else "")  # calls outside numbered layers are not timed
 
     shown = [
         ("-" if numbers["density"] is None else f"{numbers['density']:.2f}", "density"),

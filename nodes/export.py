@@ -132,12 +132,14 @@ _TOTALS = {  # name in the totals: label, format
     "measuring_ms": ("ms spent measuring", "{:,.1f}"),
 }
 
+_ZERO_IS_NOTHING = ("dense_ms", "measuring_ms")  # nothing was timed
+
 
 def _totals(totals: dict) -> str:
     tiles = [
         f'<div id="{name}"><b>{_number(totals[name], shown)}</b><span>{label}</span></div>'
         for name, (label, shown) in _TOTALS.items()
-        if totals.get(name) is not None
+        if totals.get(name) is not None and (totals[name] or name not in _ZERO_IS_NOTHING)
     ]
     return f'<div class="tiles">{"".join(tiles)}</div>'
 

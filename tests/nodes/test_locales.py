@@ -51,6 +51,16 @@ def page(node: str, language: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def test_comfyui_serves_them(comfy, tmp_path, monkeypatch):
+    import folder_paths
+    from app.custom_node_manager import CustomNodeManager
+
+    (tmp_path / "any-name").symlink_to(ROOT)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "custom_nodes", ([str(tmp_path)], set()))
+    served = CustomNodeManager().build_translations()
+    assert served == {language: {"nodeDefs": locale(language)} for language in LANGUAGES}
+
+
 def test_languages():
     assert LANGUAGES == ["en", "zh"]
 
