@@ -1,4 +1,4 @@
-"""A headless Chromium for tests, driven through its DevTools protocol: pages, evaluated expressions, keys and clicks, screenshots, and what it logged."""
+"""A headless Chromium for tests, driven through its DevTools protocol: evaluated expressions, keys and clicks, screenshots, and what it logged."""
 
 from __future__ import annotations
 
@@ -182,6 +182,9 @@ class Page:
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
             pressed = {} if kind == "mouseMoved" else {"button": "left", "clickCount": 1}
             self.do("Input.dispatchMouseEvent", type=kind, x=x, y=y, **pressed)
+
+    def wheel(self, x: float, y: float, by: float) -> None:
+        self.do("Input.dispatchMouseEvent", type="mouseWheel", x=x, y=y, deltaX=0, deltaY=by)
 
     def key(self, name: str) -> None:
         for kind in ("rawKeyDown", "keyUp"):

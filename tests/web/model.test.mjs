@@ -6,7 +6,8 @@ import {
   choose, emptyModel, hasNumbers, kindOf, lastStep, niceCeiling, receive, replace, scaleOf, shownRun, stepNumbers,
 } from "../../web/js/lib/model.js";
 
-const TOTALS = { sparse_calls: 2, dense_calls: 1, density: 0.5, pv_skipped: 0.1, sparse_ms: 4, dense_ms: 3, speedup: 2, saved_ms: 5, measuring_ms: 1 };
+const SHARES = { density: 0.5, pv_skipped: 0.1 };
+const TOTALS = { sparse_calls: 2, dense_calls: 1, ...SHARES, sparse_ms: 4, dense_ms: 3, speedup: 2, saved_ms: 5, measuring_ms: 1 };
 
 function message(changes = {}) {
   return {
@@ -20,7 +21,8 @@ const dense = (step, layer) => [step, layer, null, null, 8, 0, 1, null];
 const all = (messages) => messages.reduce(receive, emptyModel());
 
 test("an opening message and its steps fill one run", () => {
-  const run = shownRun(all([message({ step: 0 }), message({ cells: [sparse(0, 0), dense(0, 1)] }), message({ step: 2, cells: [sparse(1, 0, 0.5)] })]));
+  const steps = [message({ cells: [sparse(0, 0), dense(0, 1)] }), message({ step: 2, cells: [sparse(1, 0, 0.5)] })];
+  const run = shownRun(all([message({ step: 0 }), ...steps]));
   assert.deepEqual([run.number, run.state, run.step, run.steps, run.layers, run.heads, run.tokens], [7, "running", 2, 4, 2, 3, 5000]);
   assert.deepEqual([...run.density], [0.25, NaN, 0.5, NaN, NaN, NaN, NaN, NaN]);
   assert.deepEqual([0, 1, 2, 3].map((index) => kindOf(run, index)), [SPARSE, DENSE, SPARSE, MISSING]);
@@ -63,7 +65,8 @@ test("the model before a message is untouched", () => {
 });
 
 test("a run grows with the layers and steps that its cells show", () => {
-  const run = shownRun(all([message({ layers: 0, steps: 1 }), message({ cells: [sparse(0, 0)], layers: 1 }), message({ step: 2, cells: [sparse(4, 2, 0.75)] })]));
+  const small = [message({ layers: 0, steps: 1 }), message({ cells: [sparse(0, 0)], layers: 1 })];
+  const run = shownRun(all([...small, message({ step: 2, cells: [sparse(4, 2, 0.75)] })]));
   assert.deepEqual([run.steps, run.layers], [5, 3]);
   assert.equal(run.density[0], 0.25);
   assert.equal(run.density[4 * 3 + 2], 0.75);

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+from urllib.parse import urlencode
 
 import chromium
 import comfy_server
@@ -159,13 +160,13 @@ def desk(request, browser):
         made.page.close()
 
 
-def workflow(seed: int, steps: int = STEPS, length: int = 9) -> dict:
+def workflow(seed: int, steps: int = STEPS, length: int = 9, cdfthreshd: float = 0.99) -> dict:
     """The demo's workflow cut down to a sampler, with a monitor before it."""
     file = comfy_server.HERE / "fixture_pack" / "workflows" / "sparge_demo.json"
     whole = json.loads(file.read_text(encoding="utf-8"))
     nodes = {node["id"]: node for node in whole["nodes"] if node["id"] <= 6}
     links = [link for link in whole["links"] if link[1] in nodes and link[3] in nodes]
-    values = {3: {5: 256}, 5: {0: 320, 1: 256, 2: length}, 6: {0: seed, 2: steps}}
+    values = {3: {5: 256, 7: cdfthreshd}, 5: {0: 320, 1: 256, 2: length}, 6: {0: seed, 2: steps}}
     for identity, changes in values.items():
         for at, value in changes.items():
             nodes[identity]["widgets_values"][at] = value
@@ -241,6 +242,33 @@ def test_keys_move_and_open_a_cell(desk):
     desk.page.key("Escape")
     assert desk.text(".sparge-cell").startswith("Click a cell")
     assert desk.page.evaluate("app.graph._nodes.length") == nodes
+
+
+def test_the_wheel_over_the_panel_zooms_the_graph(desk):
+    box = desk.box(".sparge-headline")
+    desk.page.wheel(box["x"] + 20, box["y"] + 5, -120)
+    desk.page.wait_for("Math.abs(app.canvas.ds.scale - 1.1) < 0.02")
+    desk.look()
+
+
+def test_a_monitor_in_a_subgraph_follows_its_runs(desk):
+    enter = "app.canvas.openSubgraph(around.subgraph, around)"
+    desk.drop(workflow(seed=4, steps=3, cdfthreshd=0.98))  # another model than the runs before had
+    desk.page.evaluate(f"""(() => {{
+      const node = app.graph._nodes.find((found) => String(found.id) === '{MONITOR}');
+      window.around = app.graph.convertToSubgraph(new Set([node])).node;
+      {enter};
+    }})()""")
+    desk.wait_facts("Waiting")
+    queue(desk)
+    desk.wait_facts("done · step 3 of 3", 15)
+    desk.page.evaluate(f"""app.loadGraphData((app.rootGraph ?? app.graph).serialize(), true, true, 'inside').then(() => {{
+      window.around = app.graph._nodes.find((found) => found.subgraph);
+      {enter};
+    }})""")
+    desk.wait_facts("done · step 3 of 3", 15)
+    name = desk.page.evaluate("around.id + ':' + around.subgraph._nodes.find((found) => found.type === 'SpargeMonitor').id")
+    assert any(url.endswith(f"/sparge_attention/runs?{urlencode({'monitor': name})}") for url, _ in desk.page.requests)
 
 
 def test_a_page_that_is_reloaded_in_the_middle_of_a_run_goes_on(desk):

@@ -37,7 +37,7 @@ const CSS = `
 .sparge-monitor [hidden] { display: none !important; }
 .sparge-row { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 10px; justify-content: space-between; }
 .sparge-faded { color: var(--sparge-faded); }
-.sparge-headline { font-size: 14px; font-weight: 600; }
+.sparge-headline { font-size: 13px; font-weight: 600; }
 .sparge-warning { padding: 4px 8px; border-radius: 4px; background: #ffcf5c; color: #241a00; }
 .sparge-monitor button, .sparge-monitor select { font: inherit; color: inherit; background: var(--sparge-paper); border: 1px solid var(--sparge-line);
   border-radius: 4px; padding: 1px 7px; margin: 0; height: 22px; line-height: 1; cursor: pointer; }
@@ -56,6 +56,7 @@ const CSS = `
 .sparge-labels span { position: absolute; font-size: 10px; line-height: 12px; color: var(--sparge-faded); pointer-events: none; white-space: nowrap; }
 .sparge-labels .sparge-x { transform: translateX(-50%); }
 .sparge-labels .sparge-y { transform: translateY(-50%); width: 32px; left: 0; text-align: right; }
+.sparge-labels .sparge-steps { width: 32px; left: 0; text-align: right; }
 .sparge-labels .sparge-axis { left: -1px; writing-mode: vertical-rl; transform: translateY(-50%) rotate(180deg); }
 .sparge-cursor { position: absolute; pointer-events: none; border: 2px solid #fff; outline: 2px solid #000; border-radius: 1px; }
 .sparge-legend { display: flex; align-items: center; gap: 6px; font-size: 11px; color: var(--sparge-faded); white-space: nowrap; }

@@ -83,13 +83,13 @@ export class HeatMap {
     };
     for (const step of ticks(steps, (right - left) / ratio, 26, 1)) {
       const { x, width } = cellBox(this.grid, step, 0);
-      const text = step ? String(step + 1) : `${t("stepAxis")} 1`;
-      add("sparge-x", text, { left: px(Math.max(x + width / 2, step ? 0 : left + 14 * ratio)), top: px(bottom + 2 * ratio) });
+      add("sparge-x", String(step + 1), { left: px(Math.max(x + width / 2, left + 4 * ratio)), top: px(bottom + 2 * ratio) });
     }
     for (const layer of ticks(layers, (bottom - top) / ratio, 16)) {
       const { y, height } = cellBox(this.grid, 0, layer);
       add("sparge-y", String(layer), { top: px(Math.max(y + height / 2, top + 5 * ratio)) });
     }
+    add("sparge-steps", t("stepAxis"), { top: px(bottom + 2 * ratio) });
     add("sparge-axis", t("layerAxis"), { top: px((top + bottom) / 2) });
     this.labels.replaceChildren(...spans);
   }

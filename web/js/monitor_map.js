@@ -23,7 +23,8 @@ export class MapPanel {
     const parts = ["queries", "keys"].map((value) => ({ value, text: t(value), title: t(`${value}Title`) }));
     this.parts = choice(t("frames"), parts, (value) => this.show(value), signal);
     this.tiles = el("div", { class: "sparge-tiles" });
-    const pictureSide = el("div", { class: "sparge-map-part" }, el("div", { class: "sparge-picture sparge-square" }, this.picture), this.axes, legend(gradient()).element);
+    const square = el("div", { class: "sparge-picture sparge-square" }, this.picture);
+    const pictureSide = el("div", { class: "sparge-map-part" }, square, this.axes, legend(gradient()).element);
     this.frameBox = el("div", { class: "sparge-picture" }, this.tiles);
     this.frameSide = el("div", { class: "sparge-map-part" }, this.parts.element, this.frameBox);
     this.body = el("div", { class: "sparge-map-body" }, pictureSide, this.frameSide);

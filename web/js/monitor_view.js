@@ -12,11 +12,12 @@ import { MapPanel } from "./monitor_map.js";
 const COLUMNS = ["density", "pv_skipped", "ms", "sparse_calls", "dense_calls"];
 
 export class MonitorView {
-  /** `t`: a translator; `load(address)` resolves to a Response of ComfyUI's server; `names()`: the node's ids as the server knows them. */
-  constructor(t, load, names) {
-    this.t = t;
-    this.load = load;
-    this.names = names;
+  /**
+   * `t`: a translator; `load(address)` resolves to a Response of ComfyUI's server; `names()`: the node's ids as the server knows them;
+   * `wheel(event)`: what a turn of the wheel does.
+   */
+  constructor({ t, load, names, wheel }) {
+    Object.assign(this, { t, load, names, wheel });
     this.model = emptyModel();
     this.quantity = "density";
     this.cell = null;
@@ -68,7 +69,8 @@ export class MonitorView {
     this.reasons = el("ul", { class: "sparge-reasons", tabindex: "0", "aria-label": t("denseBecause") });
     this.cost = el("div", { class: "sparge-faded" });
     this.map = new MapPanel(t, this.load, () => this.closeMap(), signal);
-    const stage = el("div", { class: "sparge-stage" }, this.quantities.element, this.heat.element, this.legend.element, this.cellLine, this.map.element);
+    const picture = [this.quantities.element, this.heat.element, this.legend.element, this.cellLine];
+    const stage = el("div", { class: "sparge-stage" }, ...picture, this.map.element);
     const top = el("div", { class: "sparge-row" }, this.facts, this.runs);
     const parts = [top, this.headline, this.warning, this.note, this.numbers, stage, this.reasonsTitle, this.reasons, this.cost];
     this.element.replaceChildren(...parts);
@@ -97,6 +99,10 @@ export class MonitorView {
       if (event.key !== "Escape") return;
       event.stopPropagation();
       this.closeMap();
+    });
+    on(this.element, "wheel", (event) => {
+      if (this.reasons.contains(event.target) && this.reasons.scrollHeight > this.reasons.clientHeight) event.stopPropagation();
+      else this.wheel(event);
     });
     on(this.runs, "change", () => {
       this.model = choose(this.model, Number(this.runs.value));

@@ -26,13 +26,19 @@ app.registerExtension({
     if (node.comfyClass === NODE) addMonitor(node);
   },
 
-  loadedGraphNode(node) {
-    views.get(node)?.refresh();
+  // Nodes in a subgraph have no full name before the whole workflow is loaded.
+  afterConfigureGraph() {
+    views.forEach((view) => view.refresh());
   },
 });
 
 function addMonitor(node) {
-  const view = new MonitorView(translator(locale()), (address) => api.fetchApi(address), () => namesOf(node, app.rootGraph ?? app.graph));
+  const view = new MonitorView({
+    t: translator(locale()),
+    load: (address) => api.fetchApi(address),
+    names: () => namesOf(node, app.rootGraph ?? app.graph),
+    wheel: (event) => zoomGraph(view.element, event),
+  });
   node.addDOMWidget("monitor", "sparge_monitor", view.element, { serialize: false, hideOnZoom: false, getMinHeight: () => MIN_HEIGHT });
   node.setSize([Math.max(node.size[0], SIZE[0]), Math.max(node.size[1], SIZE[1])]);
   const enter = () => {
@@ -46,6 +52,13 @@ function addMonitor(node) {
   chain(node, "onAdded", enter);
   chain(node, "onRemoved", leave);
   if (node.graph) enter();
+}
+
+// The graph zooms as it does beside the panel. As a part of the page ("Nodes 2.0") the panel lets the wheel through by itself.
+function zoomGraph(element, event) {
+  if (element.closest("[data-node-id]")) return;
+  event.preventDefault();
+  app.canvas.canvas.dispatchEvent(new WheelEvent(event.type, event));
 }
 
 function chain(node, name, added) {
