@@ -35,7 +35,9 @@ const CSS = `
   --sparge-line: var(--border-color, #4e4e4e); --sparge-paper: var(--comfy-menu-bg, #353535); }
 .sparge-monitor * { box-sizing: border-box; }
 .sparge-monitor [hidden] { display: none !important; }
-.sparge-row { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 10px; justify-content: space-between; }
+.sparge-row { display: flex; align-items: center; gap: 10px; justify-content: space-between; }
+.sparge-row > * { flex: none; }
+.sparge-row > span:first-child, .sparge-row > strong { flex: 0 1 auto; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .sparge-faded { color: var(--sparge-faded); }
 .sparge-headline { font-size: 13px; font-weight: 600; }
 .sparge-warning { padding: 4px 8px; border-radius: 4px; background: #ffcf5c; color: #241a00; }

@@ -169,6 +169,7 @@ export class MonitorView {
   showText(run) {
     const t = this.t;
     setText(this.facts, run ? facts(run, t) : t("waiting"));
+    this.facts.title = this.facts.textContent;
     this.showRuns();
     setText(this.headline, run ? headline(run, t) : "");
     setText(this.warning, run?.warning ?? "");
