@@ -115,7 +115,7 @@ class _Pending:
     plain: bool = True
     shape: tuple | None = None
     pooled: Pooled | None = None
-    measured: bool = False
+    cost: Timer | None = None  # of an extra dense call, the time that it took in all
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +126,16 @@ class _InFlight:
     sent: list[torch.Tensor]
     host: list[torch.Tensor]
     done: torch.cuda.Event | None
+
+
+def _to_host(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
+    """Copies on their way to the host and the event after which they are there; other devices than CUDA give the tensors themselves."""
+    if not tensors[0].is_cuda:
+        return tensors, None
+    host = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in tensors]
+    done = torch.cuda.Event()
+    done.record()
+    return host, done
 
 
 class Run:
@@ -185,9 +195,9 @@ class Run:
         self._measured.add(shape)
         return True
 
-    def measured(self, step: int, layer: int, tokens: int, shape: tuple, timer: Timer) -> None:
-        """Records the dense time of a shape; the call itself was an extra one."""
-        self._pending.append(_Pending(step, layer, tokens, timer, shape=shape, measured=True))
+    def measured(self, step: int, layer: int, tokens: int, shape: tuple, timer: Timer, cost: Timer) -> None:
+        """Records the dense time of a shape, from an extra call, and what measuring it took in all."""
+        self._pending.append(_Pending(step, layer, tokens, timer, shape=shape, cost=cost))
 
     def dense(self, step: int, layer: int | None, tokens: int, reason: str, timer: Timer | None, plain: bool = True) -> None:
         """Records a dense call; only calls of a numbered layer have a timer and a cell.
@@ -217,13 +227,8 @@ class Run:
                 means = torch.cat([p.pooled.heads.mean(0, dtype=torch.float32).flatten() for p in pooled])
                 sent.append((means + 0.5).to(torch.uint8))
                 self._remember_heads(pooled)
-            host, done = sent, None
-            if sent[0].is_cuda:
-                host = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in sent]
-                done = torch.cuda.Event()
-                done.record()
-            self._in_flight = _InFlight(self._pending, sent, host, done)
-            if sent[0].device.type == "cpu":  # the call's own numbers: nothing to wait for
+            self._in_flight = _InFlight(self._pending, sent, *_to_host(sent))
+            if self._in_flight.done is None and sent[0].device.type == "cpu":  # it is there
                 self._collect()
         self._pending = []
 
@@ -257,8 +262,8 @@ class Run:
             ms = p.timer.milliseconds()
             if p.plain:
                 self._ms_by_tokens.setdefault((p.tokens, p.density is not None), []).append(ms)
-            if p.measured:
-                self.measuring_ms += ms
+            if p.cost is not None:
+                self.measuring_ms += p.cost.milliseconds()
                 self._dense_ms[p.shape] = ms
                 continue
             cell = self.cells.setdefault((p.step, p.layer), Cell())

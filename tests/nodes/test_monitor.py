@@ -51,9 +51,9 @@ def test_measuring(nodes, tiny, patched, watched, browser, last_run):
     comfy_models.sample(model, watched(patched(model), "7", measures=True), steps=2)
     run, totals = nodes.telemetry.runs.closed[-1], last_run()["totals"]
     (dense_ms,) = run._dense_ms.values()
-    assert totals["measuring_ms"] == dense_ms > 0
+    assert totals["measuring_ms"] >= dense_ms > 0
     assert totals["speedup"] == pytest.approx(dense_ms / (totals["sparse_ms"] / 4))
-    assert totals["saved_ms"] == pytest.approx(4 * dense_ms - totals["sparse_ms"] - dense_ms)
+    assert totals["saved_ms"] == pytest.approx(4 * dense_ms - totals["sparse_ms"] - totals["measuring_ms"])
     assert (totals["sparse_calls"], totals["dense_calls"], totals["dense_ms"]) == (4, 4, 0)  # the extra call is nobody's
 
 
