@@ -6,7 +6,7 @@ import { isFor, namesOf } from "../../web/js/lib/ids.js";
 import { cellAt, cellBox, layout, moved, ticks, tileColumns } from "../../web/js/lib/layout.js";
 import { readMap } from "../../web/js/lib/map.js";
 import { emptyModel, receive, shownRun } from "../../web/js/lib/model.js";
-import { COLOURS, HATCH, STOPS, TABLE, colourOf, gradient, rgb } from "../../web/js/lib/palette.js";
+import { COLOURS, HATCH, STOPS, TABLE, gradient, rgb } from "../../web/js/lib/palette.js";
 import { STRINGS, translator } from "../../web/js/lib/strings.js";
 
 const t = translator("en");
@@ -79,7 +79,7 @@ test("colours at the ends, outside, and in the tables", () => {
   assert.deepEqual(rgb(0), STOPS[0]);
   assert.deepEqual(rgb(1), STOPS.at(-1));
   assert.deepEqual([rgb(-5), rgb(NaN), rgb(9)], [rgb(0), rgb(0), rgb(1)]);
-  assert.equal(colourOf(1), "rgb(253,231,37)");
+  assert.equal(COLOURS[255], "rgb(253,231,37)");
   assert.equal(COLOURS.length, 256);
   assert.deepEqual([...TABLE.slice(255 * 4)], [253, 231, 37, 255]);
   assert.equal(gradient().match(/rgb/g).length, STOPS.length);

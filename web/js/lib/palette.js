@@ -22,10 +22,6 @@ for (let i = 0; i < 256; i++) {
   COLOURS.push(`rgb(${colour.join(",")})`);
 }
 
-export function colourOf(share) {
-  return COLOURS[Math.round(Math.min(1, Math.max(0, share || 0)) * 255)];
-}
-
 /** The whole scale as a CSS gradient from left to right. */
 export function gradient() {
   return `linear-gradient(to right, ${STOPS.map((colour) => `rgb(${colour.join(",")})`).join(", ")})`;
