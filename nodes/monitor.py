@@ -48,6 +48,7 @@ class SpargeMonitor(io.ComfyNode):
             ],
             outputs=[io.Model.Output(display_name="model")],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # else the cache hands a node's model, which names that node, to another with the same inputs
         )
 
     @classmethod
