@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: help setup test demo serve bench bench-torch clean
+.PHONY: help setup test demo serve bench bench-torch bench-monitor clean
 
 help:
 	@echo "make demo         sample a tiny video model dense and sparse in a real ComfyUI, print the comparison, save the pictures"
@@ -11,6 +11,7 @@ help:
 	@echo "make bench        the cuda backend on this NVIDIA GPU: checked, then timed against PyTorch and every installed peer; SHORT=1 takes a minute,"
 	@echo "                  ACTIVATIONS=file.safetensors times the q, k, v in a file; without a GPU: what a call costs on the host"
 	@echo "make bench-torch  the torch backend against PyTorch's dense attention on this CPU"
+	@echo "make bench-monitor  what the node Sparge Monitor costs per sampling step, on this CPU"
 	@echo "make clean        remove what the others made"
 	@echo "PYTHON=python3.12 picks the interpreter, COMFYUI_PATH=/path/to/ComfyUI another ComfyUI"
 
@@ -33,6 +34,9 @@ bench: setup
 
 bench-torch: setup
 	@$(RUN) tests/bench/bench_torch.py
+
+bench-monitor: setup
+	@$(RUN) tests/bench/bench_monitor.py
 
 clean:
 	rm -rf .venv .comfyui .emulator demo_output build *.egg-info

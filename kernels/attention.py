@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, ops
@@ -63,6 +64,39 @@ class AttentionInfo:
     @property
     def block_mask(self) -> BlockMask:
         return BlockMask.from_dense(self.kept, self.visible)
+
+    def pooled(self, most: int = 64) -> Tensor:
+        """A small picture of the kept blocks: uint8 (H, R, C) with R = min(most, N_q), C = min(most, N_k), without waiting for the device.
+
+        0..255 is the share that is kept of the blocks in a cell, over the batch. Of n blocks pooled to r cells, cell i holds the blocks
+        i * n // r up to (i + 1) * n // r.
+        """
+        batch, heads, n_q = self.counts.shape
+        q_edges, k_edges = (_edges(n, min(n, most), self.counts.device) for n in (n_q, self.key_blocks))
+        per_chunk = max(1, _POOLED_AT_ONCE // max(1, self.blocks[:, :1].numel()))
+        chunks = range(0, heads, per_chunk)
+        below = torch.cat([self._kept_below(k_edges, slice(h, h + per_chunk)) for h in chunks])  # (H, N_q, C + 1)
+        kept = F.pad(below.cumsum(1), (0, 0, 1, 0))[:, q_edges].diff(dim=1).diff(dim=2)
+        blocks = q_edges.diff()[:, None] * k_edges.diff() * batch
+        return (kept * 255 / blocks + 0.5).to(torch.uint8)
+
+    def _kept_below(self, edges: Tensor, heads: slice) -> Tensor:
+        """How many of the blocks in front of each edge a row of these heads keeps, summed over the batch: (heads, N_q, edges)."""
+        blocks = self.blocks[:, heads]
+        if blocks.dtype == torch.bool:
+            return F.pad(blocks.sum(0).cumsum(-1), (1, 0))[..., edges]
+        within = torch.arange(blocks.shape[-1], device=blocks.device) < self.counts[:, heads, :, None]
+        ids = torch.where(within, blocks.int() & 0xFFFF, self.key_blocks)
+        return torch.searchsorted(ids, edges.int().expand(*ids.shape[:-1], -1).contiguous()).sum(0)
+
+
+_POOLED_AT_ONCE = 1 << 22
+"""Entries of the kept blocks that `AttentionInfo.pooled` widens at once: some 50 MB, whatever the length of the sequence."""
+
+
+def _edges(blocks: int, cells: int, device: torch.device) -> Tensor:
+    """Where each of `cells` begins, and the end: int64 (cells + 1,); made on the device, for a copy from the host would wait."""
+    return torch.arange(cells + 1, device=device) * blocks // cells
 
 
 def _as_map(blocks: Tensor, counts: Tensor, key_blocks: int) -> Tensor:

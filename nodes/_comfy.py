@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import sys
 
 import comfy.patcher_extension
 import folder_paths
@@ -12,6 +14,12 @@ __all__ = ["ComfyExtension", "io", "ui"]
 
 KEY = "optimized_attention_override"
 """The entry of transformer_options that ComfyUI calls for every attention call (since 0.3.59)."""
+
+MONITORS = "sparge_monitors"
+"""The entry of transformer_options that names the monitors of a model."""
+
+ANSWERS = "sparge_attention_answers"
+"""The attribute of the server that holds the functions behind the pack's routes."""
 
 WRAPPERS = comfy.patcher_extension.WrappersMP
 
@@ -43,17 +51,59 @@ def percent_to_sigma(model, percent: float) -> float:
     return float(model.get_model_object("model_sampling").percent_to_sigma(percent))
 
 
+def add_monitor(model, node: str, measures: bool) -> None:
+    """Notes a monitor on the model: plain data, for every clone copies it."""
+    options = model.model_options.setdefault("transformer_options", {})
+    options[MONITORS] = {**options.get(MONITORS, {}), node: measures}
+
+
+def monitors_of(model) -> dict[str, bool]:
+    """The ids of the monitors on the model, first to last, and whether each wants dense attention timed."""
+    return dict(model.model_options.get("transformer_options", {}).get(MONITORS, {}))
+
+
+def prompt_server():
+    """The running server, or None (scripts, tests). Its module is not imported for this: whoever runs the server has done that."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+
 def show_text(node_id: str | None, text: str) -> None:
-    """Shows a line of text on a node in the browser, where there is one (the server may be absent: scripts, tests)."""
-    if node_id is None:
-        return
-    try:
-        from server import PromptServer
-    except ImportError:
-        return
-    server = getattr(PromptServer, "instance", None)
-    if server is not None and hasattr(server, "send_progress_text"):
+    """Shows a line of text on a node in the browser, where there is one."""
+    server = prompt_server()
+    if node_id is not None and hasattr(server, "send_progress_text"):
         server.send_progress_text(text, node_id)
+
+
+def send(event: str, data: dict) -> None:
+    """Sends an event to every browser, from any thread."""
+    server = prompt_server()
+    if server is not None:
+        server.send_sync(event, data)
+
+
+def serve(answers: dict) -> None:
+    """Answers GET requests: path -> a function of the query that gives (status, JSON data), called in a thread of its own.
+
+    Of two copies of the pack ComfyUI keeps the nodes of the last one, so the last one answers; a path cannot be registered twice.
+    """
+    server = prompt_server()
+    if server is None:
+        return
+    first = not hasattr(server, ANSWERS)
+    setattr(server, ANSWERS, answers)
+    if first:
+        for path in answers:
+            server.routes.get(path)(_handler(server, path))
+
+
+def _handler(server, path: str):
+    from aiohttp import web
+
+    async def handle(request):
+        status, data = await asyncio.to_thread(getattr(server, ANSWERS)[path], dict(request.query))
+        return web.json_response(data, status=status)
+
+    return handle
 
 
 def output_path(prefix: str, extension: str) -> tuple[str, dict]:

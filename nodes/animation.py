@@ -1,4 +1,4 @@
-"""Images as arrays, and as GIF and MP4 files. numpy and Pillow; imageio inside the two writers."""
+"""Images as arrays, and as GIF, WebP and MP4 files. numpy and Pillow; imageio inside the writers."""
 
 from __future__ import annotations
 
@@ -74,6 +74,31 @@ def write_gif(images: Iterable[Image.Image], path: str | os.PathLike, fps: float
             # beige (128 of 255 off); maximum coverage is 10 off at most, and its 256 colours then pass through median cut unchanged.
             coloured = Image.fromarray(array).quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).convert("RGB")
             file.write(np.asarray(coloured), is_batch=False, duration=round(1000 / fps), loop=0)
+
+
+def write_webp(images: Iterable[Image.Image], path: str | os.PathLike, fps: float = 2.0) -> None:
+    """Writes the images as an animated WebP without loss that loops for ever; the file appears whole or not at all.
+
+    Parameters
+    ----------
+    images : iterable of PIL.Image.Image
+        At least one, all of one size. Equal neighbours become one longer frame.
+    path : path-like
+        The file to make or replace; its folder must exist.
+    fps : float
+        Frames a second, 0.01..60 (WebP rounds a frame to 1/1000 s).
+
+    Raises
+    ------
+    ValueError
+        For no image, images of several sizes, or fps out of range.
+    """
+    import imageio.v3 as iio
+
+    arrays = _checked(images, fps)
+    with _replacing(path, ".webp") as temporary, iio.imopen(temporary, "w", plugin="pillow") as file:
+        for array in arrays:
+            file.write(array, is_batch=False, duration=round(1000 / fps), loop=0, lossless=True, method=4, quality=80)
 
 
 def write_mp4(images: Iterable[Image.Image], path: str | os.PathLike, fps: float = 2.0) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _kernels, geometry, reasons
 from .run_state import CallContext, Patch, layer_listed
-from .telemetry import Timer
+from .telemetry import Pooled, Run, Timer
 
 SHORT_TEXT = 1024
 TILES_BELOW = 0.15  # density up to which compact blocks beat row-major ones on trained attention
@@ -103,7 +103,13 @@ class AttentionOverride:
             plan=decision.plan, backend=call.run.settings.backend,
         )  # fmt: skip
         timer.stop()
-        run.sparse(call.run.step, decision.layer, request.s_q, info.density, info.pv_skipped, timer)
+        shape = pooled = None
+        if run.monitors:
+            shape = (*request.q.shape, request.heads, request.s_k, request.mask is not None)
+            pooled = Pooled(info.pooled(), info.counts.shape[-1], info.key_blocks, decision.place)
+        run.sparse(call.run.step, decision.layer, request.s_q, info.density, info.pv_skipped, timer, shape=shape, pooled=pooled)
+        if shape is not None and run.wants_dense(shape):
+            _time_dense(run, call.run.step, decision.layer, request, shape, func, args, kwargs)
         return request.shaped(out)
 
     def _earlier(self, call: CallContext, func, args, kwargs):
@@ -121,6 +127,22 @@ def _plain(func, *args, **kwargs):
     return func(*args, **kwargs)
 
 
+def _time_dense(run: Run, step: int, layer: int, request: Request, shape: tuple, func, args, kwargs) -> None:
+    """Runs ComfyUI's own attention for its time alone. Other nodes' overrides are left out: they may count their calls."""
+    cost = Timer(request.q.device)
+    try:
+        if request.q.is_cuda:  # a GPU loads a kernel with its first call: for short sequences that takes longer than the call
+            func(*args, **kwargs)
+        timer = Timer(request.q.device)
+        func(*args, **kwargs)
+        timer.stop()
+    except RuntimeError as error:  # no room for the dense call: the sparse one, which is the run's, did fit
+        run.measures = False
+        run.note = reasons.NOT_TIMED.format(error=type(error).__name__)
+        return
+    run.measured(step, layer, request.s_q, shape, timer, cost.stop())
+
+
 @dataclass(frozen=True)
 class Dense:
     """The call stays dense for `reason`; `layer` None for calls that are not a block's own self-attention."""
@@ -131,13 +153,14 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
-    """The call runs sparse."""
+    """The call runs sparse; `place` says where its blocks lie in the picture (see `telemetry.Pooled`)."""
 
     layer: int
     density: _kernels.Density
     key_mask: Tensor | None
     protected: tuple[tuple[int, int], ...]
     plan: object | None
+    place: tuple | None = None
 
 
 def decide(request: Request, call: CallContext) -> Dense | Sparse:
@@ -222,4 +245,6 @@ def _placed(request: Request, call: CallContext, layer: int, density: _kernels.D
     plan = None if kind == "row_major" else _kernels.order_plan(kind, layout.segments)
     if settings.block_mask is not None:
         density = settings.masked(density, plan or _kernels.order_plan("row_major", layout.segments))
-    return Sparse(layer, density, key_mask, protected, plan)
+    grid = next((i for i, part in enumerate(layout.parts) if part.kind == "grid"), None)
+    place = None if grid is None else (kind, layout.segments, grid)
+    return Sparse(layer, density, key_mask, protected, plan, place)

@@ -26,6 +26,7 @@ LIMITS = {
 }
 
 TOOLTIPS = {
+    "model": "The model from the loader, after any LoRA.",
     "topk": "Share of the key blocks that each block of queries keeps. Lower is faster and less exact; 1 is dense.",
     "pvthreshd": "Also skips the value half of tiles whose scores lie this far (log2 units) below the running maximum. Lower skips more; 50 is off. "
     "Has no effect on the CPU (torch) backend.",
@@ -162,7 +163,7 @@ class SpargeAttention(io.ComfyNode):
             description="Speeds up sampling: the model attends only to the blocks of tokens that matter, chosen anew in every call. Put it between "
             "the loader (and LoRAs) and the sampler. It says after each run what it skipped and why anything stayed dense.",
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip=TOOLTIPS["model"]),
                 io.Float.Input("topk", default=0.5, min=0.05, max=1.0, step=0.01, display_mode=slider, tooltip=TOOLTIPS["topk"]),
                 io.Float.Input("pvthreshd", default=15.0, min=1.0, max=50.0, step=0.5, display_mode=slider, tooltip=TOOLTIPS["pvthreshd"]),
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip=TOOLTIPS["start_percent"]),

@@ -22,6 +22,12 @@ MASK_PER_HEAD = "mask differs per head"
 MASK_SHAPE = "mask of shape {shape} is not understood"
 POLICY_DENSE = "the policy asks for dense attention here"
 
+# Warnings and notes of a run that are not about a single call.
+NO_NODE = "no Sparge Attention node on this model"
+NOTHING_SPARSE = "nothing ran sparse: {reason}"
+REPLACED = "another node replaced the attention hook; Sparge Attention put itself back on top"
+NOT_TIMED = "dense attention could not be timed ({error}), so there is no speed-up to show"
+
 # What is said when a whole run saw no call at all.
 NEVER_ROUTED = "ComfyUI does not route the attention of {family} through its hook, so no node can speed it up"
 ENDED_EARLY = "the run ended early ({error})"

@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 
-from . import _comfy, _kernels, geometry, reasons, telemetry
+from . import _comfy, _kernels, geometry, reasons, telemetry, transport
 
 logger = logging.getLogger("sparge_attention")
 _numbers = itertools.count(1)
@@ -37,10 +37,12 @@ class Patch:
         """Wrapper around one sampler call."""
         state = RunState(self, executor.class_obj.model_patcher, sigmas.tolist())
         self.runs.append(state)
+        transport.publish(state.telemetry)
         try:
             return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
         except BaseException as error:
             state.telemetry.note = reasons.ENDED_EARLY.format(error=type(error).__name__)
+            state.telemetry.state = "failed"
             raise
         finally:
             self.runs.remove(state)
@@ -60,6 +62,7 @@ class Patch:
             found = options.get(_comfy.KEY)
             if not leads_to(found, self.override):
                 call.adopted = found
+                self.run.telemetry.warning = reasons.REPLACED
                 options[_comfy.KEY] = self.override
             try:
                 return executor(x, t, c_concat, c_crossattn, control, options, **conds)
@@ -96,7 +99,7 @@ class RunState:
         self.family = geometry.family_of(model)
         device = getattr(patcher, "load_device", None)
         self.telemetry = telemetry.runs.open(
-            node=str(patch.node), owner=patch.key, sigmas=sigmas,
+            node=str(patch.node), owner=patch.key, sigmas=sigmas, monitors=_comfy.monitors_of(patcher),
             facts={
                 "model": type(getattr(model, "_orig_mod", model)).__name__,
                 "family": self.family.name if self.family else None,
@@ -105,6 +108,7 @@ class RunState:
                 "settings": self.settings.shown(),
             },
         )  # fmt: skip
+        self.telemetry.total_layers = patch.total_layers or 0
 
     @property
     def steps(self) -> int:
@@ -127,6 +131,8 @@ class RunState:
         step = max((i for i, has_begun in enumerate(begun) if has_begun), default=0)
         if step != self.step:
             self.telemetry.end_step()
+            self.telemetry.finished = max(self.telemetry.finished, step)
+            transport.publish(self.telemetry)
         self.step = step
 
     def close(self) -> None:
@@ -137,7 +143,10 @@ class RunState:
             self.telemetry.note = reasons.NEVER_ROUTED.format(family=self.family.name)
         elif self.telemetry.calls == 0 and self.sigmas:
             self.telemetry.note = reasons.NOTHING_SEEN
+        if self.telemetry.state == "done":
+            self.telemetry.finished = self.telemetry.steps
         telemetry.runs.add(self.telemetry)
+        transport.publish(self.telemetry)
         summary = self.telemetry.summary()
         logger.info("Sparge Attention, run %d: %s", self.telemetry.number, summary)
         _comfy.show_text(self.patch.node, summary)
@@ -176,6 +185,7 @@ class CallContext:
         if self.layers:
             patch = self.run.patch
             patch.total_layers = self.layers if patch.total_layers is None else max(patch.total_layers, self.layers)
+            self.run.telemetry.total_layers = patch.total_layers
 
 
 def leads_to(override, ours) -> bool:

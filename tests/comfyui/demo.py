@@ -153,8 +153,10 @@ def save(server: comfy_server.ComfyServer, dense: Run, sparse: Run, out: Path) -
     keep("heat map", sparse.outputs["heat"]["images"][0], "heat_map.png")
     for entry in sparse.outputs["report"]["sparge_files"]:
         suffix = Path(entry["filename"]).suffix
-        if suffix != ".json":
+        if suffix in (".gif", ".webp", ".mp4"):
             keep(f"animation, {suffix[1:]}", entry, f"animation{suffix}")
+        elif suffix == ".html":
+            keep("page", entry, "report.html")
     results["numbers"] = out / "report.json"
     results["numbers"].write_text(json.dumps({"dense": dense.report, "sparse": sparse.report}, indent=1), encoding="utf-8")
     return results

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import sys
 
 import pytest
 import torch
@@ -417,6 +418,42 @@ def test_info_reads_lists_of_block_numbers(n_k):
     assert torch.equal(info.kept, dense) and torch.equal(info.block_mask.to_dense(), dense)
     torch.testing.assert_close(info.density, dense.float().mean((-2, -1)))
     assert info.pv_skipped.tolist() == [[0.75, 0.0]] and info.density.dtype == info.pv_skipped.dtype == torch.float32
+
+
+def info_of(kept, form: str) -> AttentionInfo:
+    """The info of a call that kept these blocks, in the form that a backend leaves; what no backend writes is -1."""
+    counts, n_k = kept.sum(-1, dtype=torch.int32), kept.shape[-1]
+    blocks = kept
+    if form == "lists":
+        blocks = torch.full((*counts.shape, int(counts.max()) + 3), -1, dtype=torch.int16)
+        for at in ((b, h, i) for b in range(kept.shape[0]) for h in range(kept.shape[1]) for i in range(kept.shape[2])):
+            blocks[at][: counts[at]] = torch.from_numpy(kept[at].nonzero()[:, 0].numpy().astype("uint16").view("int16"))
+    return AttentionInfo(form, blocks, counts, torch.full((kept.shape[0], 1, kept.shape[2]), n_k), torch.zeros(*kept.shape[:2], 2), n_k)
+
+
+@pytest.mark.parametrize("form", ["map", "lists"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 9), (1, 2, 64, 64), (2, 3, 70, 150), (1, 2, 3, 40000)], ids=str)
+def test_pooled_picture(shape, form, monkeypatch):
+    """Every cell is the share of its own blocks, block by block; in chunks of a head too."""
+    kept = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < torch.linspace(0, 1, shape[1])[None, :, None, None]
+    kept[:, -1, 0] = False  # an empty row
+    info = info_of(kept, form)
+    pooled = info.pooled()
+    rows, columns = (min(64, n) for n in shape[2:])
+    assert pooled.dtype == torch.uint8 and pooled.shape == (shape[1], rows, columns)
+    for h, r, c in ((h, r, c) for h in range(shape[1]) for r in range(0, rows, 7) for c in range(0, columns, 5)):
+        i, j = (slice(n * size // cells, (n + 1) * size // cells) for n, size, cells in ((r, shape[2], rows), (c, shape[3], columns)))
+        assert abs(int(pooled[h, r, c]) - 255 * float(kept[:, h, i, j].float().mean())) <= 0.51
+    monkeypatch.setattr(sys.modules[AttentionInfo.__module__], "_POOLED_AT_ONCE", 1)
+    assert torch.equal(info.pooled(), pooled) and info.pooled(most=4).shape[1:] == (min(4, rows), min(4, columns))
+
+
+def test_pooled_picture_of_a_call(clustered):
+    q, k, v = (clustered(seed, 2, 3, 1000, 32) for seed in (1, 3, 5))
+    _, info = sparse_attention(q, k, v, topk=0.25, return_info=True)
+    pooled = info.pooled().double() / 255
+    assert pooled.shape == info.kept.shape[1:]
+    torch.testing.assert_close(pooled, info.kept.double().mean(0), atol=0.002, rtol=0)
 
 
 @pytest.mark.parametrize("compensate", [False, True], ids=["", "compensate"])

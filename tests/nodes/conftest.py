@@ -6,13 +6,29 @@ Doubles are closures: ComfyUI deep-copies `model_options` in every `model.clone(
 from __future__ import annotations
 
 import importlib
+import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-MODULES = ("_comfy", "_kernels", "animation", "draw", "geometry", "override", "patch", "reasons", "report", "run_state", "telemetry")
+MODULES = (
+    "_comfy",
+    "_kernels",
+    "animation",
+    "draw",
+    "geometry",
+    "monitor",
+    "override",
+    "patch",
+    "reasons",
+    "report",
+    "run_state",
+    "telemetry",
+    "transport",
+)
 KEY = "optimized_attention_override"
 SMALL = {"wan_t2v": (1, 16, 1, 32, 32), "qwen_image": (1, 16, 1, 32, 32), "hunyuan_video": (1, 16, 1, 32, 32)}  # 256 tokens of picture
 
@@ -28,8 +44,9 @@ def node_modules(pack):
 @pytest.fixture
 def nodes(node_modules):
     """The node modules, with an empty store of runs."""
-    node_modules.telemetry.runs.closed.clear()
-    node_modules.telemetry.runs._shown.clear()
+    runs = node_modules.telemetry.runs
+    for kept in (runs.running, runs.closed, runs.unpatched, runs._shown):
+        kept.clear()
     return node_modules
 
 
@@ -65,6 +82,29 @@ def patched(nodes):
 def last_run(nodes):
     """The last closed run as a dict."""
     return lambda: nodes.telemetry.runs.closed[-1].to_dict()
+
+
+class Browser:
+    """A PromptServer: `sent` has the data of our events as a browser gets them, `routes` what extensions register."""
+
+    def __init__(self):
+        from aiohttp import web
+
+        self.routes, self.sent = web.RouteTableDef(), []
+
+    def send_sync(self, event, data, sid=None):
+        assert event == "sparge.run" and sid is None
+        self.sent.append(json.loads(json.dumps(data, allow_nan=False)))
+
+    def send_progress_text(self, text, node):
+        pass
+
+
+@pytest.fixture
+def browser(monkeypatch):
+    server = Browser()
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
+    return server
 
 
 @pytest.fixture

@@ -26,10 +26,12 @@ def pictures(pack):
 
     def make(steps: int) -> list:
         cells = [
-            dict(step=s, layer=i, sparse_calls=1, dense_calls=0, density=d, head_density=[d, d / 2, 1 - d], sparse_ms=1.0, dense_ms=0.0, reasons={})
+            dict(step=s, layer=i, sparse_calls=1, dense_calls=0, density=d, head_density=[d, d / 2, 1 - d], pv_skipped=0.0, sparse_ms=1.0,
+                 dense_ms=0.0, reasons={})
             for s in range(steps) for i in range(7) for d in [((s * 7 + i) % 35) / 35]
         ]  # fmt: skip
-        return draw.frames({"steps": steps, "layers": 7, "heads": 3, "cells": cells, "totals": {}, "reasons": {}}, (640, 480))
+        run = {"steps": steps, "layers": 7, "heads": 3, "tokens": 4096, "cells": cells, "sigmas": [], "note": None, "totals": {}, "reasons": {}}
+        return [draw.step_frame(run, step).resize((640, 480)) for step in range(steps)]
 
     return make
 
@@ -58,6 +60,18 @@ def test_gif_read_back(animation, pictures, tmp_path):
     assert os.listdir(tmp_path) == ["run.gif"]
 
 
+def test_webp_read_back(animation, pictures, tmp_path):
+    images = pictures(5)
+    animation.write_webp(iter(images), tmp_path / "run.webp", fps=4.0)
+    with Image.open(tmp_path / "run.webp") as file:
+        assert file.format == "WEBP" and file.n_frames == 5 and file.info["loop"] == 0
+        for index, image in enumerate(images):
+            file.seek(index)
+            assert np.array_equal(np.asarray(file.convert("RGB")), np.asarray(image)), "a frame is not as it was drawn"
+            assert file.info["duration"] == 250
+    assert os.listdir(tmp_path) == ["run.webp"]
+
+
 @pytest.mark.parametrize("size", [(640, 480), (641, 481)], ids=str)
 def test_mp4_read_back(animation, pictures, tmp_path, size):
     images = [image.resize(size) for image in pictures(5)]
@@ -73,7 +87,7 @@ def test_mp4_read_back(animation, pictures, tmp_path, size):
     assert os.listdir(tmp_path) == ["run.mp4"]
 
 
-@pytest.mark.parametrize("kind", ["gif", "mp4"])
+@pytest.mark.parametrize("kind", ["gif", "webp", "mp4"])
 def test_failed_write_leaves_the_folder_as_it_was(animation, tmp_path, kind, monkeypatch):
     write, path = getattr(animation, f"write_{kind}"), tmp_path / f"run.{kind}"
     path.write_bytes(b"older")

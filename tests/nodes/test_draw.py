@@ -1,4 +1,4 @@
-"""The pictures of a run: colours, patterns, bounds, sizes and damaged data."""
+"""The pictures of a run: colours, patterns, bounds and sizes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,8 @@ def make_run(steps: int, layers: int, heads: int, **changes) -> dict:
                 continue
             cell = {"step": step, "layer": layer, "sparse_calls": 2, "dense_calls": 0, "pv_skipped": 0.0, "sparse_ms": 4.25, "dense_ms": 0.0}
             if step == 0 and steps > 1:
-                cell |= {"sparse_calls": 0, "dense_calls": 2, "density": None, "head_density": [], "sparse_ms": 0.0, "dense_ms": 9.5}
+                cell |= {"sparse_calls": 0, "dense_calls": 2, "density": None, "head_density": None, "sparse_ms": 0.0, "dense_ms": 9.5}
+                cell["pv_skipped"] = None
                 cell["reasons"] = {"outside the step window": 2}
             else:
                 density = density_of(step, layer, steps, layers)
@@ -48,7 +50,7 @@ def make_run(steps: int, layers: int, heads: int, **changes) -> dict:
     run = {
         "version": 1, "run": 12, "node": "5", "model": "WanModel", "family": "Wan", "backend": "torch", "device": "cpu",
         "steps": steps, "layers": layers, "heads": heads, "tokens": 8192, "settings": {"topk": 0.3, "pvthreshd": 15.0, "smooth_k": True},
-        "sigmas": [1.0 - step / steps for step in range(steps + 1)] if steps else [], "cells": cells,
+        "sigmas": [1.0 - step / steps for step in range(steps + 1)] if steps else [], "cells": cells, "note": None,
         "reasons": {"cross-attention (keys are not the queries' own tokens)": 16, "outside the step window": 2 * layers},
         "totals": {
             "sparse_calls": 112, "dense_calls": 20, "density": 0.33, "pv_skipped": 0.1, "sparse_ms": 1234.5, "dense_ms": 222.0, "seconds": 5.6,
@@ -68,21 +70,20 @@ def head_density_of(density: float, head: int) -> float:
 
 def long_run(steps: int = 4, layers: int = 30, heads: int = 12) -> dict:
     """Every string too long, one of them a single word, and more reasons than fit."""
-    reasons = {("x" * 5000 if i == 1 else f"reason {i} " + "with many words " * 40): 100 - i for i in range(40)} | {"endless": 1e300}
+    reasons = {("x" * 5000 if i == 1 else f"reason {i} " + "with many words " * 40): 100 - i for i in range(40)} | {"endless": 10**15}
     run = make_run(steps, layers, heads, model="M" * 3000, backend="b" * 999, reasons=reasons)
     run["settings"] = {f"setting_{i}\n\u00e9\u4e2d": "v" * 999 for i in range(50)}
     for cell in run["cells"]:
         cell["reasons"] = reasons
-    run["totals"] |= {"sparse_ms": 1e15, "dense_ms": 1e300, "sparse_calls": 10**15, "seconds": 1e12, "speedup": 1e9}
+    run["totals"] |= {"sparse_ms": 1e15, "dense_ms": 1e18, "sparse_calls": 10**15, "seconds": 1e12, "speedup": 1e9}
     return run
 
 
 EMPTY = {
-    "nothing": {},
-    "no steps": {"version": 1, "model": "WanModel", "steps": 0, "layers": 0, "heads": 0, "cells": [], "totals": {}, "reasons": {}, "sigmas": []},
+    "no steps": make_run(0, 0, 0, sigmas=[], model=None, settings={}, tokens=0, totals=dict.fromkeys(make_run(0, 0, 0)["totals"]) | {
+        "sparse_calls": 0, "dense_calls": 0, "sparse_ms": 0.0, "dense_ms": 0.0}, reasons={}),
     "no cells": make_run(4, 30, 12, cells=[]),
-    "all None": {key: None for key in make_run(1, 1, 1)},
-}
+}  # fmt: skip
 SHAPES = [(1, 1, 1), (4, 30, 12), (50, 60, 24), (1000, 200, 2)]
 
 
@@ -159,7 +160,8 @@ def test_heat_map_colour_at_every_centre(draw, steps, layers):
     for step in {1, 2, steps // 2, steps - 1}:
         for layer in {0, 2, layers // 2, layers - 1}:
             expected = tuple(draw.palette(density_of(step, layer, steps, layers)).tolist())
-            assert probe(image, step, layer, steps, layers) == expected, (step, layer)
+            found = np.array(probe(image, step, layer, steps, layers))  # in cells of one pixel a neighbour's, which differs by 1 of 255
+            assert np.abs(found - expected).max() <= (1 if steps == 1000 else 0), (step, layer)
 
 
 def test_heat_map_dense_and_empty_cells(draw):
@@ -200,35 +202,79 @@ def test_step_frame_colour_of_each_head(draw):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_everything_is_inside_the_picture(draw, shape):
     run = make_run(*shape)
-    for size in [None, (480, 360), (640, 1600), (2001, 701)][: 2 if shape[0] == 1000 else 4]:
-        for image in (draw.heat_map(run, size), draw.step_frame(run, shape[0] - 1, size)):
-            assert image.mode == "RGB" and image.width % 2 == 0 and image.height % 2 == 0
-            if size is None:
-                assert image.width == 1280 and image.height < 1400
-            else:
-                assert image.size == (size[0] + size[0] % 2, size[1] + size[1] % 2)
-            assert inside(draw, image)
-            left, top, right, bottom = image.info["plot_box"]
-            assert 32 * 0.7 <= left < right <= image.width - 22 and 22 < top < bottom < image.height - 22
+    heat_map, frame = draw.heat_map(run), draw.step_frame(run, shape[0] - 1)
+    assert heat_map.width == 1280 and heat_map.height < 1450 and heat_map.height % 2 == 0 and frame.size == draw.FRAME_SIZE == (960, 720)
+    for image in (heat_map, frame):
+        assert image.mode == "RGB" and inside(draw, image)
+        left, top, right, bottom = image.info["plot_box"]
+        strip = image.info["strip_box"]
+        assert 24 <= left < right <= image.width - 24 and strip[3] < top < bottom < image.height - 24
+        assert left == strip[0] < strip[2] <= image.width - 24 and 24 < strip[1] < strip[3]
+    assert heat_map.info["strip_box"][2] == heat_map.info["plot_box"][2]  # a bar stands over its column
 
 
-@pytest.mark.parametrize("size", [None, (480, 360), (1280, 720), (3840, 2160)], ids=str)
-def test_long_strings_and_large_numbers_stay_inside(draw, size):
+def test_long_strings_and_large_numbers_stay_inside(draw):
     run = long_run()
-    assert inside(draw, draw.heat_map(run, size))
-    sizes = {draw.step_frame(run, step, size).size for step in range(4)}
-    assert len(sizes) == 1 and all(inside(draw, draw.step_frame(run, step, size)) for step in (0, 3))
+    assert inside(draw, draw.heat_map(run))
+    frames = [draw.step_frame(run, step) for step in range(4)]
+    assert all(inside(draw, frame) for frame in frames) and len({frame.info["plot_box"] for frame in frames}) == 1
+
+
+def test_a_long_run_is_drawn_in_bounded_time_and_size(draw):
+    run = make_run(4000, 60, 24)
+    start = time.monotonic()
+    image = draw.heat_map(run)
+    draw.step_frame(run, 3999)
+    assert time.monotonic() - start < 30 and image.size < (1281, 1450)
+
+
+def test_step_totals_are_means_over_sparse_calls(draw):
+    cell = {"dense_calls": 0, "pv_skipped": 0.5, "sparse_ms": 2.0, "dense_ms": 0.0, "reasons": {}}
+    run = {"steps": 3, "cells": [
+        {**cell, "step": 0, "layer": 0, "sparse_calls": 1, "density": 0.2},
+        {**cell, "step": 0, "layer": 1, "sparse_calls": 3, "density": 0.6, "dense_calls": 1, "dense_ms": 7.0, "reasons": {"short": 1}},
+        {**cell, "step": 2, "layer": 0, "sparse_calls": 0, "density": None, "pv_skipped": None, "dense_calls": 2, "reasons": {"short": 1, "mask": 1}},
+    ]}  # fmt: skip
+    first, second, third = draw.step_totals(run)
+    assert first["density"] == pytest.approx(0.5) and first["pv_skipped"] == 0.5
+    assert (first["sparse_calls"], first["dense_calls"], first["sparse_ms"], first["dense_ms"]) == (4, 1, 4.0, 7.0)
+    assert second["density"] is None and second["sparse_calls"] == second["dense_calls"] == 0
+    assert third["density"] is None and third["reasons"] == {"short": 1, "mask": 1}
+
+
+@pytest.mark.parametrize("steps", [4, 50])
+def test_bars_of_the_strip(draw, steps):
+    run = make_run(steps, 10, 3)
+    for image in (draw.heat_map(run), draw.step_frame(run, 1)):
+        left, top, right, bottom = image.info["strip_box"]
+        cell, tall = (right - left) / steps, bottom - top
+        assert has_hatch(draw, image, (left, top, round(left + cell), bottom))  # step 0 ran dense
+        for step in (1, steps // 2, steps - 1):
+            mean = draw.step_totals(run)[step]["density"]
+            x, height = round(left + (step + 0.4) * cell), round(mean * tall)
+            assert image.getpixel((x, bottom - 1)) == image.getpixel((x, bottom - max(1, height - 1))) == tuple(draw.palette(mean).tolist())
+            assert height > tall - 2 or image.getpixel((x, bottom - height - 2)) == draw.PANEL
+
+
+def test_a_frame_marks_its_own_step(draw):
+    run = make_run(20, 4, 3)
+    for step in (0, 7, 19):
+        image = draw.step_frame(run, step)
+        left, _, right, bottom = image.info["strip_box"]
+        below = np.asarray(image)[bottom : bottom + 8, left:right]
+        marked = np.flatnonzero((below == draw.INK).all(axis=2).any(axis=0)) * 20 // (right - left)
+        assert set(marked) == {step}
 
 
 def test_reasons_are_ordered_wrapped_and_counted(draw):
-    font = draw._font(13)
-    reasons = {"few": 1, "most " + "words " * 100: 50, "some": 7, "none": 0, "w" * 5000: 20}
-    lines = draw._reason_lines(reasons, font, 300, 6)
+    font = draw.font(13)
+    reasons = {"few": 1, "most " + "words " * 100: 50, "some": 7, "w" * 5000: 20}
+    lines = draw.reason_lines(reasons, font, 300, 6)
     assert [count for count, _ in lines if count] == ["50", "20", "7", "1"]  # two reasons of two lines, two of one
     assert len(lines) == 6 and all(font.getlength(text) <= 300 for _, text in lines)
-    assert draw._reason_lines(reasons, font, 300, 3)[-1] == ("8", "+2 more reasons")
-    assert draw._reason_lines(reasons, font, 300, 2)[-1] == ("28", "+3 more reasons")
-    assert draw._reason_lines(None, font, 300, 6) == draw._reason_lines({}, font, 300, 6) == []
+    assert draw.reason_lines(reasons, font, 300, 3)[-1] == ("8", "+2 more reasons")
+    assert draw.reason_lines(reasons, font, 300, 2)[-1] == ("28", "+3 more reasons")
+    assert draw.reason_lines({}, font, 300, 6) == []
 
 
 def test_reasons_change_the_picture(draw):
@@ -243,8 +289,8 @@ def test_reasons_change_the_picture(draw):
 @pytest.mark.parametrize("text", ["", " ", "one", "a b c " * 200, "w" * 3000, "w" * 90 + " end", "a" * 30 + " " + "b" * 500])
 @pytest.mark.parametrize("lines", [1, 2, 5])
 def test_wrap_keeps_to_its_width_and_loses_only_the_end(draw, text, lines):
-    font = draw._font(14)
-    wrapped = draw._wrap(text, font, 200, lines)
+    font = draw.font(14)
+    wrapped = draw.wrap(text, font, 200, lines)
     assert len(wrapped) <= lines and all(font.getlength(line) <= 200 for line in wrapped)
     joined = "".join(wrapped).replace(" ", "")
     assert text.replace(" ", "").startswith(joined.removesuffix("..."))
@@ -252,14 +298,13 @@ def test_wrap_keeps_to_its_width_and_loses_only_the_end(draw, text, lines):
 
 
 @pytest.mark.parametrize("run", EMPTY.values(), ids=EMPTY.keys())
-@pytest.mark.parametrize("size", [None, (480, 360)], ids=str)
-def test_empty_run_says_so(draw, run, size, monkeypatch):
-    written = []
+@pytest.mark.parametrize("note", [None, "a note of why " * 30])
+def test_empty_run_says_so(draw, run, note, monkeypatch):
+    run, written = run | {"note": note}, []
     notice = draw._draw_notice
     monkeypatch.setattr(draw, "_draw_notice", lambda sheet, text, *rest: (written.append(text), notice(sheet, text, *rest)))
-    images = [draw.heat_map(run, size), *draw.frames(run, size)]
-    assert len(images) == 1 + max(run.get("steps") or 0, 1)
-    assert written == ["no attention call was recorded"] * len(images)
+    images = [draw.heat_map(run), *(draw.step_frame(run, step) for step in range(max(run["steps"], 1)))]
+    assert written == [draw.plain(note or "no attention call was recorded")] * len(images)
     assert all(inside(draw, image) for image in images) and len({image.size for image in images[1:]}) == 1
 
 
@@ -268,105 +313,45 @@ def test_step_without_calls_says_so(draw, monkeypatch):
     run["cells"] = [cell for cell in run["cells"] if cell["step"] != 2]
     written = []
     monkeypatch.setattr(draw, "_draw_notice", lambda sheet, text, *rest: written.append(text))
-    draw.frames(run)
+    for step in range(4):
+        draw.step_frame(run, step)
     assert written == ["no attention call was recorded in this step"]
 
 
-@pytest.mark.parametrize("key", sorted(make_run(2, 2, 2)))
-@pytest.mark.parametrize("value", [None, "text", -1, math.nan, math.inf, 1e12, True, [], {}, [None, "x", {}], {"a": None}], ids=repr)
-def test_damaged_run_is_drawn(draw, key, value):
-    if value == 1e12 and key in ("steps", "layers", "heads"):
-        value = 3.0  # the limit of an axis has a test of its own
-    run = make_run(2, 2, 2, sigmas=[1.0]) | {key: value}
-    assert inside(draw, draw.heat_map(run)) and inside(draw, draw.step_frame(run, 0))
-
-
-@pytest.mark.parametrize("key", sorted(make_run(1, 1, 1)["cells"][0]))
-@pytest.mark.parametrize(
-    "value", ["missing", None, "text", -1, math.nan, 10**400, 1.5, [], [None, math.nan, "x", 7.0, -2]], ids=lambda value: str(value)[:12]
-)
-def test_damaged_cell_is_drawn(draw, key, value):
-    run = make_run(3, 3, 2)
-    for cell in run["cells"]:
-        cell[key] = value
-        if value == "missing":
-            del cell[key]
-    assert inside(draw, draw.heat_map(run))
-    images = draw.frames(run)
-    assert len(images) == 3 and len({image.size for image in images}) == 1 and all(inside(draw, image) for image in images)
-
-
-def test_axes_have_a_limit_and_grow_with_the_cells(draw):
-    assert draw._read({"steps": 10**12, "layers": 5, "cells": [{"step": 10**9, "layer": 0}]}).steps == 4096
-    read = draw._read({"steps": 1, "cells": [{"step": 6, "layer": 2, "head_density": [0.5] * 9}, {"step": 1.5, "layer": 0}, {"layer": 9}, None]})
-    assert (read.steps, read.layers, read.heads) == (7, 3, 9)
-
-
-def test_missing_head_density_is_no_data_and_densities_are_clipped(draw):
+def test_missing_head_density_is_no_data(draw):
     run = make_run(3, 4, 2)
     for cell in run["cells"]:
         if cell["step"] == 2:
-            cell |= {0: {"head_density": None}, 1: {"head_density": [None, 4.0]}, 2: {"head_density": [-1.0, 0.5]}}.get(cell["layer"], {})
+            cell |= {0: {"head_density": None}, 1: {"head_density": [1.0]}, 2: {"head_density": [0.0, 0.5]}}.get(cell["layer"], {})
     image = draw.step_frame(run, 2)
     top, bottom, middle = (tuple(draw.palette(value).tolist()) for value in (1.0, 0.0, 0.5))
     assert [corner(image, head, 0, 2, 4) for head in (0, 1)] == [draw.PANEL] * 2
-    assert [corner(image, head, 1, 2, 4) for head in (0, 1)] == [draw.PANEL, top]
+    assert [corner(image, head, 1, 2, 4) for head in (0, 1)] == [top, draw.PANEL]
     assert [corner(image, head, 2, 2, 4) for head in (0, 1)] == [bottom, middle]
 
 
-def test_frames_are_one_per_step_of_one_even_size(draw):
+def test_frames_differ_and_have_one_layout(draw):
     run = make_run(5, 7, 3)
-    images = draw.frames(run)
-    assert len(images) == 5 and len({image.size for image in images}) == 1
-    assert all(edge % 2 == 0 for edge in images[0].size)
-    assert len({image.tobytes() for image in images}) == 5
-    assert images[3].tobytes() == draw.step_frame(run, 3).tobytes()
-    assert [image.tobytes() for image in draw.each_frame(run)] == [image.tobytes() for image in images]
-    assert {image.size for image in draw.frames(run, (641, 481))} == {(642, 482)}
+    images = [draw.step_frame(run, step) for step in range(5)]
+    assert len({image.tobytes() for image in images}) == 5 and len({image.info["plot_box"] for image in images}) == 1
 
 
 def test_the_run_is_not_changed(draw):
     run = make_run(3, 4, 2)
     before = json.dumps(run)
     draw.heat_map(run)
-    draw.frames(run)
+    draw.step_frame(run, 1)
     assert json.dumps(run) == before
 
 
-@pytest.mark.parametrize(
-    ("size", "error", "words"),
-    [
-        ((479, 360), ValueError, "size must be 480x360 to 8192x8192 pixels, got 479x360"),
-        ((480, 9000), ValueError, "got 480x9000"),
-        ((800,), TypeError, "size must be two whole numbers"),
-        (800, TypeError, "size must be two whole numbers"),
-        ((800.5, 600), TypeError, "size must be two whole numbers"),
-        (("800", 600), TypeError, "size must be two whole numbers"),
-    ],
-)
-def test_bad_size(draw, size, error, words):
-    with pytest.raises(error, match=words):
-        draw.heat_map(make_run(2, 2, 2), size)
-
-
-@pytest.mark.parametrize(
-    ("step", "error", "words"),
-    [(4, ValueError, r"step must be 0\.\.3, got 4"), (-1, ValueError, "got -1"), (1.0, TypeError, "whole number"), (True, TypeError, "got True")],
-)
-def test_bad_step(draw, step, error, words):
-    with pytest.raises(error, match=words):
-        draw.step_frame(make_run(4, 2, 2), step)
-
-
-@pytest.mark.parametrize("run", [make_run(4, 30, 12), long_run(), EMPTY["nothing"]], ids=["typical", "long", "empty"])
+@pytest.mark.parametrize("run", [make_run(4, 30, 12), long_run(), EMPTY["no steps"]], ids=["typical", "long", "empty"])
 def test_bitmap_font_when_the_scalable_one_fails(draw, run, monkeypatch):
     def refuse(size=None):
         raise OSError("no FreeType")
 
-    draw._font.cache_clear()
+    draw.font.cache_clear()
     monkeypatch.setattr(ImageFont, "load_default", refuse)
     try:
-        for size in (None, (480, 360)):
-            assert inside(draw, draw.heat_map(run, size)) and inside(draw, draw.step_frame(run, 0, size))
+        assert inside(draw, draw.heat_map(run)) and inside(draw, draw.step_frame(run, 0))
     finally:
-        draw._font.cache_clear()
+        draw.font.cache_clear()

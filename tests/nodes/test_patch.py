@@ -35,6 +35,7 @@ SPARGE_ATTENTION = [
     ("optional", "policy", "SPARGE_POLICY", {}),
     ("optional", "block_mask", "SPARGE_BLOCK_MASK", {}),
 ]
+SPARGE_MONITOR = [("required", "model", "MODEL", {}), ("required", "measure_dense", "BOOLEAN", {"default": True})]
 SPARGE_REPORT = [("required", "model", "MODEL", {}), ("required", "data", "LATENT,IMAGE", {})]
 
 
@@ -57,11 +58,18 @@ def test_contract_of_sparge_attention(nodes):
     assert "unique_id" in node.INPUT_TYPES()["hidden"]
 
 
+def test_contract_of_sparge_monitor(nodes):
+    node = nodes.monitor.SpargeMonitor
+    assert table_of(node) == SPARGE_MONITOR
+    assert node.GET_SCHEMA().node_id == "SpargeMonitor" and not node.OUTPUT_NODE
+    assert (node.RETURN_TYPES, node.RETURN_NAMES) == (["MODEL"], ["model"]) and "unique_id" in node.INPUT_TYPES()["hidden"]
+
+
 def test_contract_of_sparge_report(nodes):
     node = nodes.report.SpargeReport
     assert table_of(node) == SPARGE_REPORT
     assert node.GET_SCHEMA().node_id == "SpargeReport" and node.OUTPUT_NODE
-    assert (node.RETURN_TYPES, node.RETURN_NAMES) == (["*", "IMAGE", "IMAGE", "STRING"], ["data", "heat_map", "frames", "json"])
+    assert (node.RETURN_TYPES, node.RETURN_NAMES) == (["*", "IMAGE", "IMAGE", "STRING", "IMAGE"], ["data", "heat_map", "frames", "json", "maps"])
     assert "unique_id" in node.INPUT_TYPES()["hidden"]
 
 
@@ -76,9 +84,9 @@ def test_defaults_of_the_node_and_of_settings_agree(nodes):
 
 
 def test_every_input_has_a_tooltip(nodes):
-    for node in (nodes.patch.SpargeAttention, nodes.report.SpargeReport):
+    for node in (nodes.patch.SpargeAttention, nodes.monitor.SpargeMonitor, nodes.report.SpargeReport):
         for name, (_, options) in [*node.INPUT_TYPES()["required"].items(), *node.INPUT_TYPES().get("optional", {}).items()]:
-            assert name == "model" or options["tooltip"].endswith("."), name
+            assert options["tooltip"].endswith("."), name
 
 
 @pytest.mark.parametrize("cuda", [True, False])
@@ -88,10 +96,10 @@ def test_choices_are_the_same_on_every_machine(nodes, monkeypatch, cuda):
     assert table_of(fresh) == SPARGE_ATTENTION
 
 
-def test_the_pack_lists_both_nodes(pack, nodes):
+def test_the_pack_lists_its_nodes(pack, nodes):
     extension = asyncio.run(pack.comfy_entrypoint())
     listed = asyncio.run(extension.get_node_list())
-    assert [node.GET_SCHEMA().node_id for node in listed] == ["SpargeAttention", "SpargeReport"]
+    assert [node.GET_SCHEMA().node_id for node in listed] == ["SpargeAttention", "SpargeMonitor", "SpargeReport"]
     assert not hasattr(pack, "NODE_CLASS_MAPPINGS") and (ROOT / pack.WEB_DIRECTORY).is_dir()
 
 
@@ -349,7 +357,7 @@ def test_import_is_quick_and_quiet():
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
         told = json.loads(done.stdout.splitlines()[-1])
-        assert (told["out"], told["err"], told["asked"]) == ("", "", []) and told["nodes"] == 2
+        assert (told["out"], told["err"], told["asked"]) == ("", "", []) and told["nodes"] == 3
         assert told["logging"] and not told["imageio"] and not told["path"]
         best = told if best is None or told["total"] < best["total"] else best
         if best["total"] < 0.3:

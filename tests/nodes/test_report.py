@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import importlib
+import io
 import json
+import re
 from types import SimpleNamespace
 
 import comfy_models
@@ -47,11 +51,11 @@ def test_outputs(nodes, tiny, patched, last_run, report, folders, data):
     model = tiny("wan_t2v")
     patcher = sampled(model, patched(model, end_percent=0.6), steps=3)
     result = report(patcher, data)
-    passed, heat_map, frames, text = result.args
+    passed, heat_map, frames, text, maps = result.args
     assert passed is data
-    for images, count in ((heat_map, 1), (frames, 3)):
+    for images, count in ((heat_map, 1), (frames, 3), (maps, 1)):
         assert images.dtype == torch.float32 and images.dim() == 4 and images.shape[0] == count and images.shape[3] == 3
-        assert images.min() >= 0 and images.max() <= 1 and images.std() > 0.01
+        assert images.min() >= 0 and images.max() <= 1 and images.std() > (0.01 if images is not maps else 0)
     assert frames.shape[1:3] == (720, 960)
     assert not torch.equal(frames[0], frames[2]), "the sparse and the dense step look the same"
     told = json.loads(text)
@@ -59,7 +63,8 @@ def test_outputs(nodes, tiny, patched, last_run, report, folders, data):
     assert json.loads(text, parse_constant=pytest.fail) == told  # no NaN or Infinity
 
     files = result.ui["sparge_files"]
-    assert [name["filename"].rsplit(".", 1)[1] for name in files] == ["gif", "mp4", "json"]
+    assert [name["filename"].rsplit(".", 1)[1] for name in files] == ["gif", "mp4", "json", "webp", "png", "csv", "html"]
+    assert len({name["filename"].rsplit(".", 1)[0] for name in files}) == 1  # one number
     paths = [folders / "output" / file["subfolder"] / file["filename"] for file in files]
     assert {path.name for path in (folders / "output").iterdir()} == {path.name for path in paths}
     assert all(file["type"] == "output" for file in files)
@@ -67,11 +72,88 @@ def test_outputs(nodes, tiny, patched, last_run, report, folders, data):
         assert gif.format == "GIF" and gif.n_frames == 3 and gif.size == (960, 720)
     assert paths[1].stat().st_size > 1000 and paths[1].read_bytes()[4:8] == b"ftyp"
     assert paths[2].read_text(encoding="utf-8") == text
+    with Image.open(paths[3]) as webp, Image.open(paths[4]) as png:
+        assert webp.format == "WEBP" and webp.n_frames == 3 and webp.size == (960, 720)
+        assert json.loads(png.text["sparge"]) == told
+        assert np.abs(np.asarray(png) / 255 - heat_map[0].numpy()).max() < 1 / 256
 
     (preview,) = result.ui["images"]
     assert preview["type"] == "temp"
     with Image.open(folders / "temp" / preview["subfolder"] / preview["filename"]) as picture:
         assert np.abs(np.asarray(picture.convert("RGB")) / 255 - heat_map[0].numpy()).max() < 1 / 128
+
+
+def test_the_same_numbers_from_the_kernels_to_every_file(nodes, tiny, patched, report, folders, monkeypatch):
+    """AttentionInfo of every call, by hand summed up, is what JSON, CSV and page say."""
+    calls, sparse = {}, nodes.telemetry.Run.sparse
+    attend, infos = nodes._kernels.attend, []
+
+    def noted(*args, **kwargs):
+        out, info = attend(*args, **kwargs)
+        infos.append(info)
+        return out, info
+
+    def placed(run, step, layer, *args, **kwargs):
+        calls.setdefault((step, layer), []).append(infos.pop())
+        return sparse(run, step, layer, *args, **kwargs)
+
+    monkeypatch.setattr(nodes._kernels, "attend", noted)
+    monkeypatch.setattr(nodes.telemetry.Run, "sparse", placed)
+    model = tiny("wan_t2v", latent=(1, 16, 2, 64, 64))
+    result = report(sampled(model, patched(model, end_percent=0.6, cdfthreshd=0.5), steps=3))
+    assert len({info.density.double().mean().item() for of in calls.values() for info in of}) > 2, "densities are all the same"
+    (run,) = json.loads(result.args[3])["runs"]
+    read = {file["filename"][-4:]: (folders / "output" / file["filename"]).read_bytes() for file in result.ui["sparge_files"]}
+    rows = list(csv.DictReader(io.StringIO(read[".csv"].decode("utf-8"), newline="")))
+    page = read["html"].decode("utf-8")
+    assert len(rows) == len(run["cells"]) > len(calls) > 0
+    shown = re.findall(r"<tr>(.*?)</tr>", page[page.index('<table class="cells">') :])[1:]
+    for cell, row, line in zip(run["cells"], rows, shown, strict=True):
+        of = calls.get((cell["step"], cell["layer"]), [])
+        assert len(of) == cell["sparse_calls"] == int(row["sparse_calls"])
+        numbers = re.findall(r'value="([^"]+)"', line)
+        for name, index in (("density", 0), ("pv_skipped", 1)) if of else ():
+            expected = np.mean([getattr(info, name).double().mean() for info in of])
+            assert cell[name] == float(row[name]) == float(numbers[index]) == pytest.approx(expected, abs=1e-6)
+    every = [info.density.double().mean() for of in calls.values() for info in of]
+    assert run["totals"]["density"] == pytest.approx(np.mean(every), abs=1e-6)
+    assert f'id="density"><b><data value="{run["totals"]["density"]!r}">' in page
+
+
+def watched(nodes, pack, patcher):
+    return importlib.import_module(f"{pack.__name__}.nodes.monitor").watched(patcher, "3", False)
+
+
+@pytest.mark.parametrize("images", [True, False], ids=["images", "latent"])
+def test_maps_of_a_watched_run(nodes, pack, tiny, patched, report, folders, images):
+    model = tiny("wan_t2v")
+    patcher = sampled(model, watched(nodes, pack, patched(model)), steps=2)
+    (run,) = nodes.telemetry.runs.closed
+    layers = {layer for step, layer in run.maps if step == 1}
+    data = torch.linspace(0, 1, 4 * 600 * 800 * 3).reshape(4, 600, 800, 3) if images else None
+    result = report(patcher, data)
+    (of,) = [nodes.report.block_maps(run, nodes.report.pictures_of(data))]
+    assert [maps.step for maps in of] == [1] * min(3, len(layers)) and {maps.layer for maps in of} <= layers
+    for maps in of:
+        assert maps.blocks.tobytes() == nodes.report.draw_maps.block_map(run.maps[1, maps.layer].values).tobytes()
+        assert maps.frames == [1] and maps.queries[0].width / maps.queries[0].height == pytest.approx(4 / 3 if images else 1, abs=0.02)
+    assert np.array_equal(
+        result.args[4][0].numpy(),
+        nodes.animation.to_array(nodes.report.draw_maps.sheet(f"{run.facts['model']} \xb7 blocks kept, run {run.number}", of)),
+    )
+    page = (folders / "output" / result.ui["sparge_files"][6]["filename"]).read_text(encoding="utf-8")
+    assert page.count("<img ") == 3 * len(of)
+
+
+def test_frame_shares_lie_where_their_tokens_are(nodes):
+    """Row-major blocks of 128 queries and 64 keys on a grid of 2 x 16 x 16: each block of queries is half a frame, of keys a quarter."""
+    values = np.zeros((4, 8), dtype=np.uint8)
+    values[3] = 255  # the last half frame keeps all
+    picture = nodes.telemetry.Picture(values, 4, 8, ("row_major", ((2, 16, 16),), 0))
+    queries, keys = nodes.report.frame_shares(picture)
+    assert queries.shape == keys.shape == (2, 16, 16)
+    assert (queries[1, 8:] == 255).all() and (queries[1, :8] == 0).all() and (queries[0] == 0).all() and set(keys.flat) == {64}
+    assert nodes.report.frame_shares(nodes.telemetry.Picture(values, 4, 8, None)) is None
 
 
 def runs_in(result) -> list[int]:
@@ -107,11 +189,11 @@ def test_only_the_models_own_runs(nodes, tiny, patched, report):
 
 def test_no_run(nodes, tiny, patched, report, folders):
     result = report(patched(tiny("wan_t2v")))
-    _, heat_map, frames, text = result.args
+    _, heat_map, frames, text, maps = result.args
     assert "no run" in json.loads(text)["runs"][0]["note"]
-    assert heat_map.shape[0] == frames.shape[0] == 1
+    assert heat_map.shape[0] == frames.shape[0] == maps.shape[0] == 1
     assert list((folders / "output").iterdir()) == [] and result.ui["sparge_files"] == []
-    assert says_more_than_without_its_note(nodes, nodes.report.EMPTY_RUN, heat_map), "the note is not on the picture"
+    assert says_more_than_without_its_note(nodes, nodes.report.empty_run(), heat_map), "the note is not on the picture"
 
 
 def says_more_than_without_its_note(nodes, run, heat_map) -> bool:
@@ -123,7 +205,7 @@ def test_a_run_without_any_call(nodes, tiny, patched, report):
     model = tiny("pixart")
     result = report(sampled(model, patched(model), steps=1))
     (run,) = json.loads(result.args[3])["runs"]
-    assert "PixArt" in run["note"] and result.args[1].shape[0] == 1 and len(result.ui["sparge_files"]) == 3
+    assert "PixArt" in run["note"] and result.args[1].shape[0] == 1 and len(result.ui["sparge_files"]) == 7
     assert says_more_than_without_its_note(nodes, run, result.args[1]), "why nothing was seen is not on the picture"
 
 
@@ -143,7 +225,7 @@ def test_fingerprint(nodes, tiny, patched):
 @pytest.mark.parametrize("steps", [1, 99, 100, 101, 1000, 4000])
 def test_frames_of_a_long_run(nodes, monkeypatch, steps):
     drawn = []
-    monkeypatch.setattr(nodes.draw, "step_frame", lambda run, step, size=None: drawn.append(step))
+    monkeypatch.setattr(nodes.draw, "step_frame", lambda run, step: drawn.append(step))
     assert len(nodes.report.step_frames({"steps": steps})) == len(drawn) <= nodes.report.MAX_FRAMES == 100
     assert drawn[0] == 0 and drawn == sorted(set(drawn)) and drawn[-1] >= steps - -(-steps // 100)
     assert len(drawn) >= min(steps, 50)
@@ -151,14 +233,14 @@ def test_frames_of_a_long_run(nodes, monkeypatch, steps):
 
 def test_frames_of_many_runs_stay_bounded(nodes, report, monkeypatch, tiny):
     """Eight runs of 100 steps, as a store can hold: the IMAGE batch must not take gigabytes."""
-    width, height = nodes.report.FRAME_SIZE
+    width, height = nodes.draw.FRAME_SIZE
     for _ in range(8):
         run = nodes.telemetry.runs.open(node="1", owner=object(), facts={}, sigmas=[1.0] * 101)
         run.close()
         nodes.telemetry.runs.add(run)
     shapes = []
-    monkeypatch.setattr(nodes.draw, "step_frame", lambda run, step, size=None: Image.new("RGB", (4, 4)))
-    monkeypatch.setattr(nodes.report, "save", lambda frames, text: shapes.append(len(frames)) or [])
+    monkeypatch.setattr(nodes.draw, "step_frame", lambda run, step: Image.new("RGB", (4, 4)))
+    monkeypatch.setattr(nodes.report, "save", lambda frames, *rest: shapes.append(len(frames)) or [])
     report(tiny("wan_t2v"))
     taken = shapes[0] * width * height * 3 * 4
     assert taken <= 2 << 30, f"{shapes[0]} frames take {taken / 2**30:.1f} GiB"

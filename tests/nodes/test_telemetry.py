@@ -248,6 +248,43 @@ def test_times_are_measured(nodes, tiny, patched, last_run):
     json.dumps(run, allow_nan=False)
 
 
+def test_numbers_that_are_a_step_late(nodes, run, monkeypatch):
+    """As on a GPU: what a step sent is taken in when the next one ends, after its event; closing takes in everything."""
+    waited = []
+
+    def to_host(tensors):
+        return [x.clone() for x in tensors], SimpleNamespace(synchronize=lambda: waited.append(len(tensors)))
+
+    monkeypatch.setattr(nodes.telemetry, "_to_host", to_host)
+    run.monitors, seen = {"7": True}, []
+    for step in range(3):
+        heads_map = torch.full((2, 4, 4), 10 * step, dtype=torch.uint8)
+        run.sparse(step, 0, 256, heads(0.5, 0.5), heads(0.0, 0.0), Clock(2.0), shape="s", pooled=nodes.telemetry.Pooled(heads_map, 4, 4, None))
+        if run.wants_dense("s"):
+            run.measured(step, 0, 256, "s", Clock(5.0), Clock(9.0))
+        run.end_step()
+        seen.append([at for at, _ in run.news()])
+        assert run.head_maps[0] == step and sorted(run.maps) == [(earlier, 0) for earlier in range(step)]
+    assert seen == [[], [(0, 0)], [(1, 0)]] and waited == [2, 2]  # two tensors, numbers and pictures, behind one event
+    run.close()
+    assert [at for at, _ in run.news()] == [(2, 0)] and [at for at, _ in run.numbers()] == [(0, 0), (1, 0), (2, 0)] and waited == [2, 2, 2]
+    assert {at: int(picture.values[0, 0]) for at, picture in run.maps.items()} == {(0, 0): 0, (1, 0): 10, (2, 0): 20}
+    assert run.measuring_ms == 0 and run.saved_ms() is None  # it has a monitor, but none that measures
+
+
+def test_saved_milliseconds(run):
+    """Against the dense time of the same shape, less what measuring took; shapes that were not measured do not count."""
+    run.measures = True
+    assert run.wants_dense("a") and not run.wants_dense("a")
+    for shape, ms in (("a", 2.0), ("a", 3.0), ("b", 50.0)):
+        run.sparse(0, 0, 256, heads(0.5), heads(0.0), Clock(ms), shape=shape)
+    run.measured(0, 0, 256, "a", Clock(7.0), Clock(8.0))
+    run.close()
+    totals = run.to_dict()["totals"]
+    assert totals["saved_ms"] == 2 * 7 - 5 - 8 and totals["measuring_ms"] == 8 and totals["speedup"] == pytest.approx(3 * 7 / 55)
+    assert (totals["sparse_calls"], totals["dense_calls"], totals["dense_ms"]) == (3, 0, 0)
+
+
 def test_runs_for_reports(nodes):
     """Each report node has seen its own; owners limit what is shown; nothing new shows the same again."""
     runs = nodes.telemetry.runs

@@ -1,0 +1,69 @@
+"""The node SpargeMonitor: names itself on the model, so that every run of it tells the browser what happens, step by step."""
+
+from __future__ import annotations
+
+from . import _comfy, reasons, transport
+from ._comfy import io
+from .patch import patches_of
+from .telemetry import runs
+
+WRAPPER_KEY = "sparge_monitor"
+
+
+class Watch:
+    """One SpargeMonitor on one model; shared by all clones of that model. Runs tell of themselves: this says only that there will be none."""
+
+    def __init__(self, node: str):
+        self.node = node
+
+    def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        """Wrapper around one sampler call."""
+        patcher = executor.class_obj.model_patcher
+        monitors = _comfy.monitors_of(patcher)
+        if self.node == next(iter(monitors), None) and not patches_of(patcher):
+            run = runs.open_unpatched(node=self.node, owner=self.node, facts={}, sigmas=sigmas.tolist(), monitors=monitors)
+            run.warning, run.state = reasons.NO_NODE, "done"
+            transport.publish(run)
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+
+
+class SpargeMonitor(io.ComfyNode):
+    """Passes the model through and shows live what Sparge Attention does to it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SpargeMonitor",
+            display_name="Sparge Monitor",
+            category="model_patches/sparge",
+            description="Shows while the sampler runs which steps and layers are sparse, how much they keep and where, and what that saves. Put it "
+            "anywhere between the loader and the sampler; it changes no picture.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model from Sparge Attention, or on its way there."),
+                io.Boolean.Input(
+                    "measure_dense",
+                    default=True,
+                    tooltip="Also runs one call of each size densely in every run, to measure the speed-up. The time that takes is shown.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model")],
+            hidden=[io.Hidden.unique_id],
+            not_idempotent=True,  # else the cache hands a node's model, which names that node, to another with the same inputs
+        )
+
+    @classmethod
+    def execute(cls, model, measure_dense=True) -> io.NodeOutput:
+        if not hasattr(model, "model_options"):
+            raise ValueError(f"model must be a ComfyUI model, got {model!r}; connect a loader's MODEL output")
+        if not isinstance(measure_dense, bool):
+            raise ValueError(f"measure_dense must be true or false, got {measure_dense!r}; connect a boolean")
+        node = str(cls.hidden.unique_id) if cls.hidden is not None else "script"
+        return io.NodeOutput(watched(model, node, measure_dense))
+
+
+def watched(model, node: str, measures: bool = True):
+    """A clone of `model` (a ModelPatcher) whose runs tell the monitor `node`."""
+    clone = model.clone()
+    _comfy.add_monitor(clone, node, measures)
+    _comfy.add_wrapper(clone, _comfy.WRAPPERS.OUTER_SAMPLE, WRAPPER_KEY, Watch(node).outer_sample)
+    return clone

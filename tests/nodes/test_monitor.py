@@ -1,0 +1,285 @@
+"""The node SpargeMonitor: what a run tells the browser, wherever the node stands, and that it changes nothing else."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import comfy_models
+import pytest
+import torch
+
+KEYS = {"version", "run", "monitors", "state", "step", "steps", "layers", "heads", "tokens", "cells", "reasons", "warning", "note", "totals"}
+TOTALS = {"sparse_calls", "dense_calls", "density", "pv_skipped", "sparse_ms", "dense_ms", "speedup", "saved_ms", "measuring_ms"}
+
+
+@pytest.fixture
+def watched(nodes):
+    """`watched(model, *ids, measures=False)`: a clone with a monitor per id."""
+
+    def install(patcher, *ids, measures=False):
+        for node in ids:
+            patcher = nodes.monitor.watched(patcher, node, measures)
+        return patcher
+
+    return install
+
+
+def test_messages_of_a_run(nodes, tiny, patched, watched, browser, last_run):
+    """One when it opens, one a step, one when it closes; on the CPU each brings its own step; together they are the report's numbers."""
+    model = tiny("wan_t2v")
+    comfy_models.sample(model, watched(patched(model), "7", measures=True), steps=3)
+    sent, run = browser.sent, last_run()
+    assert [(m["state"], m["step"]) for m in sent] == [("running", 0), ("running", 1), ("running", 2), ("done", 3)]
+    assert all(set(m) == KEYS and set(m["totals"]) == TOTALS and m["monitors"] == ["7"] and m["version"] == 1 for m in sent)
+    assert {m["run"] for m in sent} == {nodes.telemetry.runs.latest} and {m["steps"] for m in sent} == {3}
+    assert [[cell[:2] for cell in m["cells"]] for m in sent] == [[], [[0, 0], [0, 1]], [[1, 0], [1, 1]], [[2, 0], [2, 1]]]
+    for told, cell in zip([cell for m in sent for cell in m["cells"]], run["cells"], strict=True):
+        step, layer, density, pv_skipped, ms, sparse, dense, error = told
+        assert (step, layer, sparse, dense, error) == (cell["step"], cell["layer"], cell["sparse_calls"], cell["dense_calls"], None)
+        assert density == pytest.approx(cell["density"], abs=1e-4) and pv_skipped == pytest.approx(cell["pv_skipped"], abs=1e-4)
+        assert ms == pytest.approx(cell["sparse_ms"] + cell["dense_ms"], abs=1e-3)
+    last = sent[-1]
+    assert (last["layers"], last["heads"], last["tokens"]) == (2, 2, 256) and last["reasons"] == [["cross-attention to 7 tokens", 6]]
+    for name in TOTALS:
+        assert last["totals"][name] == pytest.approx(run["totals"][name], abs=1e-4), name
+    assert last["warning"] is last["note"] is None
+
+
+def test_measuring(nodes, tiny, patched, watched, browser, last_run):
+    """One extra dense call per shape and run; the totals say what it took and whether it paid."""
+    model = tiny("wan_t2v")
+    comfy_models.sample(model, watched(patched(model), "7", measures=True), steps=2)
+    run, totals = nodes.telemetry.runs.closed[-1], last_run()["totals"]
+    (dense_ms,) = run._dense_ms.values()
+    assert totals["measuring_ms"] >= dense_ms > 0
+    assert totals["speedup"] == pytest.approx(dense_ms / (totals["sparse_ms"] / 4))
+    assert totals["saved_ms"] == pytest.approx(4 * dense_ms - totals["sparse_ms"] - totals["measuring_ms"])
+    assert (totals["sparse_calls"], totals["dense_calls"], totals["dense_ms"]) == (4, 4, 0)  # the extra call is nobody's
+
+
+@pytest.mark.parametrize("measures", [True, False])
+def test_the_extra_call_is_made_once_and_by_comfyui(nodes, tiny, patched, watched, passing, computed, browser, measures):
+    """Another node's override below ours does not see it: it may count, or change what it sees."""
+    model, earlier = tiny("wan_t2v"), passing()
+    base = model.patcher.clone()
+    base.model_options["transformer_options"]["optimized_attention_override"] = earlier
+    patcher = watched(patched(base), "7", measures=measures)
+    for _ in range(2):
+        del computed[:], earlier.seen[:]
+        comfy_models.sample(model, patcher, steps=2)
+        # What comes past ours is the cross-attention of two blocks in two steps: 7 keys.
+        assert len(earlier.seen) == 4
+        assert len(computed) == 4 + measures
+    assert (nodes.telemetry.runs.closed[-1].measuring_ms > 0) == measures
+
+
+@pytest.mark.parametrize("family", ["wan_t2v", "qwen_image", "sdxl"])
+def test_the_picture_is_the_same_to_the_bit(tiny, patched, watched, browser, family):
+    model = tiny(family) if family != "sdxl" else tiny("sdxl", latent=(1, 4, 34, 38))
+    plain = comfy_models.sample(model, patched(model), steps=2)
+    for measures in (True, False):
+        assert torch.equal(comfy_models.sample(model, watched(patched(model), "7", "8", measures=measures), steps=2), plain)
+
+
+def test_before_or_behind(tiny, patched, watched, browser):
+    model = tiny("wan_t2v")
+    for patcher in (watched(patched(model), "7"), patched(watched(model.patcher, "7"))):
+        del browser.sent[:]
+        comfy_models.sample(model, patcher, steps=1)
+        assert [m["state"] for m in browser.sent] == ["running", "done"] and browser.sent[-1]["totals"]["sparse_calls"] == 2
+
+
+def test_several_monitors_and_branches(nodes, tiny, patched, watched, browser):
+    """Every run names all monitors on its branch, and no others; one of them that measures is enough."""
+    model = tiny("wan_t2v")
+    trunk = watched(patched(model), "7")
+    branch = watched(trunk, "5:12", measures=True).clone()
+    comfy_models.sample(model, branch, steps=1)
+    assert browser.sent[-1]["monitors"] == ["7", "5:12"] and browser.sent[-1]["totals"]["measuring_ms"] > 0
+    comfy_models.sample(model, trunk, steps=1)
+    assert browser.sent[-1]["monitors"] == ["7"] and browser.sent[-1]["totals"]["measuring_ms"] == 0
+    assert [run.number for run in nodes.telemetry.runs.for_monitor("7")] == [nodes.telemetry.runs.latest - 1, nodes.telemetry.runs.latest]
+    assert len(nodes.telemetry.runs.for_monitor("5:12")) == 1 and nodes.telemetry.runs.for_monitor("12") == []
+
+
+def test_two_patches_on_one_model(tiny, patched, watched, browser):
+    """Each has a run of its own; the inner one opens last and closes first."""
+    model = tiny("wan_t2v")
+    comfy_models.sample(model, watched(patched(patched(model)), "7"), steps=1)
+    first, second = sorted({m["run"] for m in browser.sent})
+    assert [(m["run"], m["state"]) for m in browser.sent] == [(first, "running"), (second, "running"), (second, "done"), (first, "done")]
+
+
+def test_without_a_monitor_nothing_is_done(nodes, tiny, patched, browser, monkeypatch):
+    monkeypatch.setattr(nodes._kernels.AttentionInfo, "pooled", None)
+    monkeypatch.setattr(nodes.transport, "message", None)
+    model = tiny("wan_t2v")
+    comfy_models.sample(model, patched(model), steps=2)
+    run = nodes.telemetry.runs.closed[-1]
+    assert browser.sent == [] and run.sparse_calls == 4 and not (run.maps or run._sparse_ms or run._collected) and not run.send_failed
+
+
+def test_no_server(tiny, patched, watched, nodes, caplog):
+    """Scripts: the same numbers, nobody to tell."""
+    model = tiny("wan_t2v")
+    comfy_models.sample(model, watched(patched(model), "7"), steps=2)
+    assert nodes.telemetry.runs.closed[-1].sparse_calls == 4 and not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_a_server_that_fails_does_not_stop_the_sampler(tiny, patched, watched, browser, caplog):
+    model = tiny("wan_t2v")
+    whole = comfy_models.sample(model, patched(model), steps=3)
+
+    def fail(*args):
+        raise OSError("the loop is closed")
+
+    browser.send_sync = fail
+    assert torch.equal(comfy_models.sample(model, watched(patched(model), "7"), steps=3), whole)
+    said = [r.getMessage() for r in caplog.records if r.name == "sparge_attention" and r.levelname == "WARNING"]
+    assert len(said) == 1 and "OSError: the loop is closed" in said[0]
+
+
+def test_the_open_run_can_be_asked(nodes, tiny, patched, watched, browser):
+    """In the middle of a run the routes tell what has arrived, pictures too; afterwards the whole."""
+    import comfy.sample
+
+    model, seen = tiny("wan_t2v"), []
+
+    def look(step, *_):
+        (run,) = nodes.transport.answer_runs({"monitor": "7"})[1]["runs"]
+        asked = {"run": str(run["run"]), "step": str(step - 1), "layer": "1", "head": "1"}
+        seen.append((run["state"], len(run["cells"]), nodes.transport.answer_map(asked)[0] if step else None))
+
+    noise = comfy.sample.prepare_noise(model.latent, 1)
+    comfy.sample.sample(watched(patched(model), "7"), noise, 3, 1.0, "euler", "simple", model.positive, model.negative, model.latent,
+                        disable_pbar=True, callback=lambda *args: look(*args), seed=1)  # fmt: skip
+    # The callback of a step comes after its model call and before the next, which is what ends it.
+    assert seen == [("running", 0, None), ("running", 2, 200), ("running", 4, 200)]
+    assert len(nodes.telemetry.runs.running) == 0
+    (run,) = nodes.transport.answer_runs({"monitor": "7"})[1]["runs"]
+    assert run["state"] == "done" and len(run["cells"]) == 6 and run["cells"] == [cell for m in browser.sent for cell in m["cells"]]
+
+
+def test_maps_are_the_kernels_own(nodes, tiny, patched, watched, browser, monkeypatch):
+    """The mean over heads and the batch, per step and layer; the heads of the last step."""
+    returned, real = [], nodes._kernels.attend
+
+    def attend(*args, **kwargs):
+        out, info = real(*args, **kwargs)
+        returned.append(info.kept.float().mean(0))
+        return out, info
+
+    monkeypatch.setattr(nodes._kernels, "attend", attend)
+    model = tiny("wan_t2v")
+    comfy_models.sample(model, watched(patched(model, cdfthreshd=0.6), "7"), steps=2)
+    run = nodes.telemetry.runs.closed[-1]
+    assert sorted(run.maps) == [(0, 0), (0, 1), (1, 0), (1, 1)] and run.head_maps[0] == 1
+    for picture, kept in zip((run.maps[at] for at in sorted(run.maps)), returned, strict=True):
+        assert (picture.n_q, picture.n_k) == (2, 4) and picture.place == ("row_major", ((1, 16, 16),), 0)
+        assert abs(picture.values / 255 - kept.mean(0).numpy()).max() < 0.006
+    for layer in range(2):
+        (heads,) = run.head_maps[1][layer]
+        assert abs(heads / 255 - returned[2 + layer].numpy()).max() < 0.003
+
+
+# Models that our patch is not on, and other warnings.
+
+
+def test_no_sparge_attention(nodes, tiny, watched, browser):
+    model = tiny("wan_t2v")
+    plain = comfy_models.sample(model, steps=2)
+    assert torch.equal(comfy_models.sample(model, watched(model.patcher, "7", "8"), steps=2), plain)
+    (message,) = browser.sent
+    assert set(message) == KEYS and message["monitors"] == ["7", "8"] and message["cells"] == [] and message["steps"] == 2
+    assert (message["warning"], message["state"]) == ("no Sparge Attention node on this model", "done")
+    assert nodes.transport.answer_runs({"monitor": "8"})[1]["runs"] == [message]
+    assert not nodes.telemetry.runs.closed and nodes.telemetry.runs.for_report("9", []) == []
+
+
+def test_nothing_sparse(tiny, patched, watched, browser):
+    """Said as soon as a whole step shows it; the cross-attention, which always stays dense, is not the reason."""
+    model = tiny("wan_t2v")
+    comfy_models.sample(model, watched(patched(model, min_tokens=5000), "7"), steps=3)
+    assert [m["warning"] for m in browser.sent] == [None, *["nothing ran sparse: 256 tokens < min_tokens 5,000"] * 3]
+
+
+def test_waiting_for_the_window_is_no_warning(tiny, patched, watched, browser):
+    model = tiny("wan_t2v")
+    comfy_models.sample(model, watched(patched(model, start_percent=0.6), "7"), steps=4)
+    assert [m["warning"] for m in browser.sent] == [None] * 5 and browser.sent[-1]["totals"]["sparse_calls"] > 0
+    del browser.sent[:]
+    comfy_models.sample(model, watched(patched(model, start_percent=1.0), "7"), steps=2)
+    assert [m["warning"] for m in browser.sent] == [None, None, "nothing ran sparse: outside the step window (start_percent, end_percent)"]
+
+
+def test_a_family_outside_the_hook(tiny, patched, watched, browser):
+    model = tiny("pixart")
+    comfy_models.sample(model, watched(patched(model), "7"), steps=1)
+    assert "ComfyUI does not route the attention of PixArt" in browser.sent[-1]["warning"] and browser.sent[-1]["note"] is None
+
+
+def test_a_replaced_hook(tiny, patched, watched, passing, browser):
+    model = tiny("wan_t2v")
+    patcher = watched(patched(model), "7")
+    patcher.model_options["transformer_options"]["optimized_attention_override"] = passing()
+    comfy_models.sample(model, patcher, steps=1)
+    assert "another node replaced the attention hook" in browser.sent[-1]["warning"] and browser.sent[-1]["totals"]["sparse_calls"] == 2
+
+
+def test_a_run_that_breaks_off(tiny, patched, watched, browser, nodes):
+    import comfy.sample
+
+    def stop(step, *_):
+        if step == 1:
+            raise KeyError("stop")
+
+    model = tiny("wan_t2v")
+    noise = comfy.sample.prepare_noise(model.latent, 1)
+    inputs = model.positive, model.negative, model.latent
+    with pytest.raises(KeyError):
+        comfy.sample.sample(watched(patched(model), "7"), noise, 4, 1.0, "euler", "simple", *inputs, disable_pbar=True, callback=stop, seed=1)
+    last = browser.sent[-1]
+    assert (last["state"], last["step"], last["steps"], last["warning"]) == ("failed", 1, 4, None) and last[
+        "note"
+    ] == "the run ended early (KeyError)"
+    assert len(last["cells"]) == 2 and not nodes.telemetry.runs.running
+
+
+def test_no_room_for_the_dense_call(direct, nodes, monkeypatch):
+    """The sparse call did fit: the run goes on without a comparison."""
+    ours = direct()
+    ours.run.monitors, ours.run.measures = {"7": True}, True
+    asked = []
+
+    def no_room(*args, **kwargs):
+        asked.append(1)
+        raise torch.OutOfMemoryError("no room")
+
+    q, k, v = torch.randn(3, 1, 2, 300, 16, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        assert ours.patch.override(no_room, q, k, v, 2, skip_reshape=True, transformer_options=ours.options).isfinite().all()
+    run = ours.closed()
+    assert len(asked) == 1 and run["totals"]["sparse_calls"] == 2 and run["totals"]["measuring_ms"] == 0
+    assert run["note"] == "dense attention could not be timed (OutOfMemoryError), so there is no speed-up to show"
+    assert run["totals"]["saved_ms"] is None is run["totals"]["speedup"]
+
+
+# The node.
+
+
+def test_the_node_as_comfyui_runs_it(nodes, tiny, monkeypatch):
+    node, model = nodes.monitor.SpargeMonitor, tiny("wan_t2v").patcher
+    monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="5:12"), raising=False)
+    (first,) = node.execute(model, measure_dense=False).args
+    monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id=31), raising=False)
+    (second,) = node.execute(first).args
+    assert nodes._comfy.monitors_of(second) == {"5:12": False, "31": True} and nodes._comfy.monitors_of(second.clone()) == {"5:12": False, "31": True}
+    assert nodes._comfy.monitors_of(first) == {"5:12": False} and nodes._comfy.monitors_of(model) == {}
+    assert first is not model and nodes.patch.patches_of(second) == []
+
+
+def test_bad_values(nodes, tiny):
+    with pytest.raises(ValueError, match="model must be a ComfyUI model, got 5; "):
+        nodes.monitor.SpargeMonitor.execute(5)
+    with pytest.raises(ValueError, match="measure_dense must be true or false, got 'yes'; "):
+        nodes.monitor.SpargeMonitor.execute(tiny("wan_t2v").patcher, "yes")

@@ -1,0 +1,159 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import {
+  DENSE, MAX_LAYERS, MAX_RUNS, MISSING, SPARSE,
+  choose, emptyModel, hasNumbers, kindOf, lastStep, niceCeiling, receive, replace, scaleOf, shownRun, stepNumbers,
+} from "../../web/js/lib/model.js";
+
+const SHARES = { density: 0.5, pv_skipped: 0.1 };
+const TOTALS = { sparse_calls: 2, dense_calls: 1, ...SHARES, sparse_ms: 4, dense_ms: 3, speedup: 2, saved_ms: 5, measuring_ms: 1 };
+
+function message(changes = {}) {
+  return {
+    version: 1, run: 7, monitors: ["12"], state: "running", step: 1, steps: 4, layers: 2, heads: 3, tokens: 5000,
+    cells: [], reasons: [], warning: null, note: null, totals: TOTALS, ...changes,
+  };
+}
+
+const sparse = (step, layer, density = 0.25) => [step, layer, density, 0.125, 2, 1, 0, null];
+const dense = (step, layer) => [step, layer, null, null, 8, 0, 1, null];
+const all = (messages) => messages.reduce(receive, emptyModel());
+
+test("an opening message and its steps fill one run", () => {
+  const steps = [message({ cells: [sparse(0, 0), dense(0, 1)] }), message({ step: 2, cells: [sparse(1, 0, 0.5)] })];
+  const run = shownRun(all([message({ step: 0 }), ...steps]));
+  assert.deepEqual([run.number, run.state, run.step, run.steps, run.layers, run.heads, run.tokens], [7, "running", 2, 4, 2, 3, 5000]);
+  assert.deepEqual([...run.density], [0.25, NaN, 0.5, NaN, NaN, NaN, NaN, NaN]);
+  assert.deepEqual([0, 1, 2, 3].map((index) => kindOf(run, index)), [SPARSE, DENSE, SPARSE, MISSING]);
+  assert.equal(lastStep(run), 1);
+});
+
+test("messages in any order, and repeated, end in the same run", () => {
+  const messages = [
+    message({ step: 0, layers: 0 }),
+    message({ step: 1, cells: [sparse(0, 0), dense(0, 1)], reasons: [["short", 1]] }),
+    message({ step: 2, cells: [sparse(1, 0), sparse(1, 1)], reasons: [["short", 2]] }),
+    message({ step: 4, state: "done", cells: [sparse(3, 1)], note: "over" }),
+  ];
+  const plain = (model) => ({ ...shownRun(model), revision: 0 });
+  const expected = plain(all(messages));
+  assert.equal(expected.state, "done");
+  assert.equal(expected.step, 4);
+  for (const order of [[3, 2, 1, 0], [2, 0, 3, 1], [0, 0, 1, 3, 2, 1, 0, 3], [1, 3, 2]]) {
+    assert.deepEqual(plain(all(order.map((i) => messages[i]))), expected, order.join());
+  }
+});
+
+test("a message that says nothing new leaves the model as it is", () => {
+  const model = all([message({ cells: [sparse(0, 0)] })]);
+  assert.equal(receive(model, message({ cells: [sparse(0, 0)] })), model);
+  assert.equal(receive(model, message({ step: 0 })), model);
+  assert.notEqual(receive(model, message({ warning: "nothing ran sparse" })), model);
+});
+
+test("a cell with fewer calls is an older one", () => {
+  const twice = [0, 0, 0.5, 0, 6, 2, 1, null];
+  const run = shownRun(all([message({ cells: [twice] }), message({ cells: [sparse(0, 0)] })]));
+  assert.deepEqual([run.density[0], run.ms[0], run.sparse_calls[0], run.dense_calls[0]], [0.5, 6, 2, 1]);
+});
+
+test("the model before a message is untouched", () => {
+  const before = all([message({ cells: [sparse(0, 0)] })]);
+  receive(before, message({ step: 2, cells: [sparse(0, 1), sparse(1, 0)] }));
+  assert.deepEqual([...shownRun(before).density].slice(0, 3), [0.25, NaN, NaN]);
+});
+
+test("a run grows with the layers and steps that its cells show", () => {
+  const small = [message({ layers: 0, steps: 1 }), message({ cells: [sparse(0, 0)], layers: 1 })];
+  const run = shownRun(all([...small, message({ step: 2, cells: [sparse(4, 2, 0.75)] })]));
+  assert.deepEqual([run.steps, run.layers], [5, 3]);
+  assert.equal(run.density[0], 0.25);
+  assert.equal(run.density[4 * 3 + 2], 0.75);
+  assert.equal(run.density.filter((value) => !Number.isNaN(value)).length, 2);
+});
+
+test("at most four runs are kept, the newest is shown", () => {
+  const model = all([1, 2, 3, 4, 5, 6].map((run) => message({ run })));
+  assert.deepEqual(model.runs.map((run) => run.number), [3, 4, 5, 6]);
+  assert.equal(model.runs.length, MAX_RUNS);
+  assert.equal(shownRun(model).number, 6);
+  assert.equal(receive(model, message({ run: 1 })), model);
+});
+
+test("an earlier run stays chosen until a new one begins", () => {
+  let model = choose(all([1, 2, 3].map((run) => message({ run }))), 2);
+  assert.equal(shownRun(model).number, 2);
+  model = receive(model, message({ run: 3, step: 3 }));
+  assert.equal(shownRun(model).number, 2);
+  model = receive(model, message({ run: 4 }));
+  assert.equal(shownRun(model).number, 4);
+  assert.equal(choose(model, 4).chosen, null);
+  assert.equal(choose(model, 99).chosen, null);
+});
+
+test("the server's answer replaces what was known, and messages of meanwhile are not lost", () => {
+  const model = all([message({ run: 40 }), message({ run: 41 })]);
+  const fresh = replace(model, [message({ run: 1, cells: [sparse(0, 0)] })], [message({ run: 1, step: 2, cells: [sparse(1, 0)] })]);
+  assert.deepEqual(fresh.runs.map((run) => run.number), [1]);
+  assert.equal(shownRun(fresh).step, 2);
+  assert.equal(lastStep(shownRun(fresh)), 1);
+  assert.equal(replace(choose(model, 40), [message({ run: 40 }), message({ run: 41 })]).chosen, 40);
+});
+
+test("what is no message of this version is passed over", () => {
+  const model = emptyModel();
+  for (const broken of [null, undefined, 3, "x", {}, message({ version: 2 }), message({ run: "7" }), message({ run: 1.5 })]) {
+    assert.equal(receive(model, broken), model);
+  }
+});
+
+test("damaged cells and sizes do no harm", () => {
+  const cells = [null, [], [0], ["0", 0], [-1, 0], [0.5, 0], [0, 1e9], [1e9, 0], [0, 0, "x", {}, Infinity, -3, NaN, undefined], sparse(1, 1)];
+  const run = shownRun(all([message({ cells, layers: 1e12, steps: 3, reasons: "no", totals: null, warning: 5 })]));
+  assert.equal(run.layers, MAX_LAYERS);
+  assert.equal(run.density[MAX_LAYERS + 1], 0.25);
+  assert.equal(run.density.filter((value) => !Number.isNaN(value)).length, 1);
+  assert.deepEqual([run.reasons, run.totals, run.warning], [[], {}, null]);
+});
+
+test("numbers of a step weigh layers by their sparse calls", () => {
+  const run = shownRun(all([message({ cells: [[1, 0, 0.2, 0.1, 3, 3, 0, null], [1, 1, 0.6, 0.5, 5, 1, 2, null]] })]));
+  const step = stepNumbers(run, 1);
+  assert.ok(Math.abs(step.density - 0.3) < 1e-6);
+  assert.ok(Math.abs(step.pv_skipped - 0.2) < 1e-6);
+  assert.deepEqual([step.ms, step.sparse_calls, step.dense_calls], [8, 4, 2]);
+  assert.equal(stepNumbers(run, 0), null);
+  assert.equal(stepNumbers(shownRun(all([message({ cells: [dense(0, 0)] })])), 0).density, null);
+});
+
+test("the scale of milliseconds is not spoilt by one slow first call", () => {
+  const cells = Array.from({ length: 40 }, (_, step) => [step, 0, 0.5, 0, step ? 8 + step / 100 : 900, 1, 0, null]);
+  const run = shownRun(all([message({ steps: 40, layers: 1, cells })]));
+  assert.deepEqual(scaleOf(run, "ms"), { max: 10, clipped: true });
+  assert.deepEqual(scaleOf(run, "density"), { max: 1, clipped: false });
+  assert.deepEqual(scaleOf(run, "error"), { max: 1, clipped: false });
+});
+
+test("the end of a scale is a round number just above", () => {
+  assert.deepEqual([0.013, 0.1, 1, 1.2, 2.5, 99, 101].map(niceCeiling), [0.015, 0.1, 1, 1.5, 3, 100, 150]);
+});
+
+test("a quantity has numbers once a cell has one", () => {
+  const model = all([message({ cells: [sparse(0, 0)] })]);
+  assert.equal(hasNumbers(shownRun(model), "error"), false);
+  assert.equal(hasNumbers(shownRun(receive(model, message({ step: 2, cells: [[1, 0, 0.5, 0, 1, 1, 0, 0.03]] }))), "error"), true);
+});
+
+test("fifty steps of sixty layers are taken in quickly", () => {
+  let model = emptyModel();
+  let slowest = 0;
+  for (let step = 0; step < 50; step++) {
+    const cells = Array.from({ length: 60 }, (_, layer) => sparse(step, layer));
+    const started = performance.now();
+    model = receive(model, message({ step: step + 1, steps: 50, layers: 60, cells }));
+    if (step > 5) slowest = Math.max(slowest, performance.now() - started);
+  }
+  assert.equal(kindOf(shownRun(model), 2999), SPARSE);
+  assert.ok(slowest < 50, `${slowest} ms for one message`);
+});

@@ -1,0 +1,186 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { cellText, duration, facts, headline, integer, share } from "../../web/js/lib/format.js";
+import { isFor, namesOf } from "../../web/js/lib/ids.js";
+import { cellAt, cellBox, layout, moved, ticks, tileColumns } from "../../web/js/lib/layout.js";
+import { readMap } from "../../web/js/lib/map.js";
+import { emptyModel, receive, shownRun } from "../../web/js/lib/model.js";
+import { COLOURS, HATCH, STOPS, TABLE, gradient, rgb } from "../../web/js/lib/palette.js";
+import { STRINGS, translator } from "../../web/js/lib/strings.js";
+
+const t = translator("en");
+
+// Strings
+
+test("every language has the same sentences with the same blanks", () => {
+  const blanks = (text) => [...new Set(text.match(/\{\w+\}/g) ?? [])].sort();
+  for (const [language, strings] of Object.entries(STRINGS)) {
+    assert.deepEqual(Object.keys(strings), Object.keys(STRINGS.en), language);
+    for (const [key, text] of Object.entries(strings)) assert.deepEqual(blanks(text), blanks(STRINGS.en[key]), `${language}.${key}`);
+  }
+});
+
+test("the language follows the locale, English where it is not spoken", () => {
+  assert.equal(translator("zh")("close"), STRINGS.zh.close);
+  assert.equal(translator("zh-TW")("close"), STRINGS.zh.close);
+  for (const other of ["fr", undefined, null, "", "constructor"]) assert.equal(translator(other)("close"), STRINGS.en.close);
+  assert.equal(t("stepOf", { step: 3, steps: 20 }), "step 3 of 20");
+});
+
+// Numbers
+
+test("shares keep the digits that tell them apart", () => {
+  assert.deepEqual([0, 1, 0.5, 0.1234, 0.0321, 0.00004, null, NaN].map(share), ["0", "1", "0.50", "0.12", "0.032", "4e-5", "–", "–"]);
+});
+
+test("durations", () => {
+  const texts = [0, 0.04, 8.26, 512, 1500, 41000, 125000, null].map((ms) => duration(ms, t));
+  assert.deepEqual(texts, ["0 ms", "0.0 ms", "8.3 ms", "512 ms", "1.5 s", "41 s", "2 min 05 s", "–"]);
+  assert.equal(integer(32760, t), "32,760");
+});
+
+const run = (totals, changes = {}) => ({ state: "running", totals: { sparse_calls: 4, ...totals }, ...changes });
+
+test("the headline says what was measured, and nothing else", () => {
+  assert.equal(headline(run({ speedup: 3.1, saved_ms: 41000 }), t), "attention 3.10x faster than dense (measured), 41 s saved so far");
+  assert.equal(headline(run({ speedup: 3.1, saved_ms: 41000 }, { state: "done" }), t), "attention 3.10x faster than dense (measured), 41 s saved");
+  assert.equal(headline(run({ speedup: 0.5, saved_ms: -2000 }), t), "attention 2.00x slower than dense (measured), 2.0 s lost so far");
+  assert.equal(headline(run({ speedup: 1.2, saved_ms: null }), t), "attention 1.20x faster than dense (measured)");
+  assert.match(headline(run({ speedup: null, saved_ms: null }), t), /not measured/);
+  assert.equal(headline(run({ sparse_calls: 0, speedup: 2 }), t), "no sparse call so far");
+  assert.equal(headline(run({ sparse_calls: 0 }, { state: "done" }), t), "nothing ran sparse");
+});
+
+test("facts and cells in words", () => {
+  const cells = [[0, 0, 0.25, 0.125, 8.3, 2, 1, null], [0, 1, null, null, 40, 0, 3, null], [1, 0, 0.5, 0, 3, 1, 0, 0.02]];
+  const message = { version: 1, run: 1, state: "running", step: 1, steps: 3, layers: 2, heads: 24, tokens: 32760, cells };
+  const shown = shownRun(receive(emptyModel(), message));
+  assert.equal(facts(shown, t), "running · step 1 of 3 · 2 layers · 24 heads · 32,760 tokens");
+  assert.equal(cellText(shown, { step: 0, layer: 0 }, t), "step 1, layer 0: density 0.25, skipped PV 0.13, 8.3 ms, 2 sparse, 1 dense");
+  assert.equal(cellText(shown, { step: 0, layer: 1 }, t), "step 1, layer 1: 40 ms, 3 dense");
+  assert.equal(cellText(shown, { step: 1, layer: 0 }, t), "step 2, layer 0: density 0.50, skipped PV 0, estimated error 0.020, 3.0 ms, 1 sparse");
+  assert.equal(cellText(shown, { step: 2, layer: 1 }, t), "step 3, layer 1: not run");
+});
+
+// Colours
+
+const luminance = (colour) => {
+  const [r, g, b] = colour.map((value) => (value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+
+test("colours grow lighter with the number, so that they are told apart without hue", () => {
+  for (let i = 8; i < 256; i++) assert.ok(luminance(rgb(i / 255)) > luminance(rgb((i - 8) / 255)), String(i)); // neighbours differ by rounding
+  assert.ok(luminance(rgb(1)) > 10 * luminance(rgb(0)));
+});
+
+test("colours at the ends, outside, and in the tables", () => {
+  assert.deepEqual(rgb(0), STOPS[0]);
+  assert.deepEqual(rgb(1), STOPS.at(-1));
+  assert.deepEqual([rgb(-5), rgb(NaN), rgb(9)], [rgb(0), rgb(0), rgb(1)]);
+  assert.equal(COLOURS[255], "rgb(253,231,37)");
+  assert.equal(COLOURS.length, 256);
+  assert.deepEqual([...TABLE.slice(255 * 4)], [253, 231, 37, 255]);
+  assert.equal(gradient().match(/rgb/g).length, STOPS.length);
+});
+
+test("the greys of a dense cell are no colour of the scale", () => {
+  const greys = HATCH.map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
+  for (const grey of greys) {
+    for (let i = 0; i < 256; i++) {
+      const colour = rgb(i / 255);
+      assert.ok(Math.hypot(...grey.map((value, channel) => value - colour[channel])) > 25, `${grey} and ${colour}`);
+    }
+  }
+});
+
+// Places
+
+for (const [width, height, steps, layers, ratio] of [[440, 240, 50, 60, 1], [440, 240, 20, 6, 2], [301, 173, 7, 3, 1.5], [200, 100, 150, 90, 1]]) {
+  test(`every pixel of a ${steps} x ${layers} map belongs to the cell that is painted there, at ratio ${ratio}`, () => {
+    const grid = layout(width, height, steps, layers, ratio);
+    for (let step = 0; step < steps; step++) {
+      for (let layer = 0; layer < layers; layer++) {
+        const box = cellBox(grid, step, layer);
+        assert.ok(box.x >= grid.left && box.x + box.width <= grid.right && box.y >= grid.top && box.y + box.height <= grid.bottom);
+        if (!box.width || !box.height) continue;
+        for (const [x, y] of [[box.x, box.y], [box.x + box.width - 0.5, box.y + box.height - 0.5]]) {
+          assert.deepEqual(cellAt(grid, x / ratio, y / ratio), { step, layer });
+        }
+      }
+    }
+  });
+}
+
+test("beside the grid there is no cell", () => {
+  const grid = layout(440, 240, 5, 5);
+  for (const [x, y] of [[0, 50], [439, 50], [100, 0], [100, 239], [NaN, 50]]) assert.equal(cellAt(grid, x, y), null);
+  assert.equal(cellAt(layout(440, 240, 0, 0), 100, 100), null);
+  assert.equal(cellAt(layout(0, 0, 5, 5), 0, 0), null);
+});
+
+test("cells do not overlap", () => {
+  const grid = layout(333, 222, 13, 17);
+  for (let i = 1; i < 13; i++) assert.ok(cellBox(grid, i - 1, 0).x + cellBox(grid, i - 1, 0).width <= cellBox(grid, i, 0).x);
+});
+
+test("labels begin at 0 and keep apart", () => {
+  assert.deepEqual(ticks(6, 300, 20), [0, 1, 2, 3, 4, 5]);
+  assert.deepEqual(ticks(50, 400, 26), [0, 5, 10, 15, 20, 25, 30, 35, 40, 45]);
+  assert.deepEqual(ticks(50, 400, 26, 1), [0, 4, 9, 14, 19, 24, 29, 34, 39, 44, 49]);
+  assert.deepEqual(ticks(12, 400, 26, 1), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]);
+  assert.deepEqual(ticks(0, 300, 20), []);
+  assert.deepEqual(ticks(5000, 10, 20), [0]);
+});
+
+test("keys move the cursor within the map", () => {
+  assert.deepEqual(moved(null, "ArrowLeft", 5, 3, 2), { step: 2, layer: 0 });
+  assert.deepEqual(moved({ step: 0, layer: 0 }, "ArrowLeft", 5, 3, 2), { step: 0, layer: 0 });
+  assert.deepEqual(moved({ step: 4, layer: 2 }, "ArrowDown", 5, 3, 2), { step: 4, layer: 2 });
+  assert.deepEqual(moved({ step: 1, layer: 1 }, "ArrowRight", 5, 3, 2), { step: 2, layer: 1 });
+  assert.deepEqual(moved({ step: 1, layer: 1 }, "End", 5, 3, 2), { step: 4, layer: 1 });
+  assert.deepEqual(moved({ step: 1, layer: 1 }, "PageUp", 5, 3, 2), { step: 1, layer: 0 });
+  assert.equal(moved({ step: 1, layer: 1 }, "Enter", 5, 3, 2), undefined);
+  assert.equal(moved(null, "ArrowLeft", 0, 0, -1), undefined);
+});
+
+test("tiles fill their box", () => {
+  assert.equal(tileColumns(4, 10, 10, 200, 200), 2);
+  assert.equal(tileColumns(4, 10, 10, 400, 100), 4);
+  assert.equal(tileColumns(4, 40, 10, 100, 400), 1);
+  assert.equal(tileColumns(1, 10, 10, 0, 0), 1);
+});
+
+// Ids
+
+const inner = { nodes: [] };
+const middle = { nodes: [{ id: 8, subgraph: inner }, { id: 9 }] };
+const root = { nodes: [{ id: 1 }, { id: 5, subgraph: middle }, { id: "6", subgraph: middle }] };
+
+test("a node is called by its way through the subgraphs", () => {
+  assert.deepEqual(namesOf({ id: 12, graph: root }, root), ["12"]);
+  assert.deepEqual(namesOf({ id: "12", graph: root }, root), ["12"]);
+  assert.deepEqual(namesOf({ id: 3, graph: inner }, root), ["5:8:3", "6:8:3"]);
+  assert.deepEqual(namesOf({ id: 9, graph: { nodes: [] } }, root), []);
+});
+
+test("messages find their monitors", () => {
+  assert.equal(isFor({ monitors: ["12", "5:8:3"] }, ["5:8:3"]), true);
+  assert.equal(isFor({ monitors: [12] }, ["12"]), true);
+  assert.equal(isFor({ monitors: ["3"] }, ["5:8:3"]), false);
+  for (const broken of [null, {}, { monitors: "12" }]) assert.equal(isFor(broken, ["12"]), false);
+});
+
+// Block maps
+
+test("a block map is read, and a damaged one refused", () => {
+  const text = (bytes) => Buffer.from(bytes).toString("base64");
+  const answer = { version: 1, rows: 2, columns: 3, n_q: 5, n_k: 9, values: text([0, 1, 2, 3, 4, 255]), frames: null };
+  assert.deepEqual([...readMap(answer).values], [0, 1, 2, 3, 4, 255]);
+  assert.equal(readMap(answer).frames, null);
+  const frames = { t: 2, h: 1, w: 2, queries: text([1, 2, 3, 4]), keys: text([5, 6, 7, 8]) };
+  assert.deepEqual([...readMap({ ...answer, frames }).frames.keys], [5, 6, 7, 8]);
+  const wrong = [null, { ...answer, version: 2 }, { ...answer, rows: 3 }, { ...answer, values: "" }, { ...answer, frames: { ...frames, t: 3 } }];
+  for (const broken of wrong) assert.throws(() => readMap(broken), Error);
+});

@@ -1,0 +1,278 @@
+// What a monitor node shows: the run's numbers, the heat map, and the block map of the cell that was picked.
+
+import { cellText, duration, facts, headline, integer, quantityText } from "./lib/format.js";
+import { isFor } from "./lib/ids.js";
+import { moved } from "./lib/layout.js";
+import { QUANTITIES, choose, emptyModel, hasNumbers, lastStep, receive, replace, scaleOf, shownRun, stepNumbers } from "./lib/model.js";
+import { gradient } from "./lib/palette.js";
+import { choice, el, legend, setText } from "./monitor_dom.js";
+import { HeatMap, hatchCss } from "./monitor_heat_map.js";
+import { MapPanel } from "./monitor_map.js";
+
+const COLUMNS = ["density", "pv_skipped", "ms", "sparse_calls", "dense_calls"];
+
+export class MonitorView {
+  /**
+   * `t`: a translator; `load(address)` resolves to a Response of ComfyUI's server; `names()`: the node's ids as the server knows them;
+   * `wheel(event)`: what a turn of the wheel does.
+   */
+  constructor({ t, load, names, wheel }) {
+    Object.assign(this, { t, load, names, wheel });
+    this.model = emptyModel();
+    this.quantity = "density";
+    this.cell = null;
+    this.since = null; // messages that arrive while the server is asked for everything
+    this.frame = 0;
+    this.element = el("div", { class: "sparge-monitor widget-expands" }); // the second: "Nodes 2.0" gives it the node's whole height
+    this.unreachable = false;
+  }
+
+  /** Starts to listen to the user and asks the server what it knows. */
+  attach() {
+    if (this.listening) return;
+    this.listening = new AbortController();
+    this.build(this.listening.signal);
+    this.observer = new ResizeObserver(([{ contentRect: { width, height } }]) => {
+      this.heat.resize(width, height);
+      this.schedule();
+    });
+    this.observer.observe(this.heat.canvas);
+    this.refresh();
+    this.schedule();
+  }
+
+  /** Undoes `attach`: nothing of the page holds on to this view afterwards. */
+  detach() {
+    this.listening?.abort();
+    this.listening = null;
+    this.observer?.disconnect();
+    cancelAnimationFrame(this.frame);
+    this.frame = 0;
+    this.since = null;
+    this.element.replaceChildren();
+  }
+
+  build(signal) {
+    const t = this.t;
+    this.facts = el("span", { class: "sparge-faded" });
+    this.runs = el("select", { "aria-label": t("runs"), title: t("runs") });
+    this.headline = el("div", { class: "sparge-headline" });
+    this.warning = el("div", { class: "sparge-warning", role: "alert" });
+    this.note = el("div", { class: "sparge-faded" });
+    this.numbers = el("table");
+    this.heat = new HeatMap();
+    const options = QUANTITIES.map((value) => ({ value, text: t(value), title: t(`${value}Title`) }));
+    this.quantities = choice(t("quantity"), options, (value) => this.pick(value), signal);
+    this.legend = legend(gradient(), ...this.swatches());
+    this.cellLine = el("div", { class: "sparge-cell", role: "status", "aria-live": "polite" });
+    this.reasonsTitle = el("div", { class: "sparge-faded", text: t("denseBecause") });
+    this.reasons = el("ul", { class: "sparge-reasons", tabindex: "0", "aria-label": t("denseBecause") });
+    this.cost = el("div", { class: "sparge-faded" });
+    this.map = new MapPanel(t, this.load, () => this.closeMap(), signal);
+    const picture = [this.quantities.element, this.heat.element, this.legend.element, this.cellLine];
+    const stage = el("div", { class: "sparge-stage" }, ...picture, this.map.element);
+    const top = el("div", { class: "sparge-row" }, this.facts, this.runs);
+    const parts = [top, this.headline, this.warning, this.note, this.numbers, stage, this.reasonsTitle, this.reasons, this.cost];
+    this.element.replaceChildren(...parts);
+    this.listen(signal);
+  }
+
+  swatches() {
+    const dense = el("span", { class: "sparge-swatch" });
+    dense.style.background = hatchCss();
+    const missing = el("span", { class: "sparge-swatch" });
+    missing.style.background = "var(--sparge-paper)";
+    return [dense, el("span", { text: this.t("dense") }), missing, el("span", { text: this.t("missing") })];
+  }
+
+  listen(signal) {
+    const canvas = this.heat.canvas;
+    const on = (target, type, handler) => target.addEventListener(type, handler, { signal });
+    on(canvas, "pointermove", (event) => this.hover(this.heat.cellAt(event.offsetX, event.offsetY)));
+    on(canvas, "pointerleave", () => this.hover(null));
+    on(canvas, "click", (event) => {
+      const cell = this.heat.cellAt(event.offsetX, event.offsetY);
+      if (cell) this.point(cell, true);
+    });
+    on(canvas, "keydown", (event) => this.key(event));
+    on(this.map.element, "keydown", (event) => {
+      if (event.key !== "Escape") return;
+      event.stopPropagation();
+      this.closeMap();
+    });
+    on(this.element, "wheel", (event) => {
+      if (this.reasons.contains(event.target) && this.reasons.scrollHeight > this.reasons.clientHeight) event.stopPropagation();
+      else this.wheel(event);
+    });
+    on(this.runs, "change", () => {
+      this.model = choose(this.model, Number(this.runs.value));
+      this.schedule();
+    });
+    // A press on a control is not the beginning of a drag of the node.
+    for (const control of [canvas, this.runs, this.reasons, this.quantities.element, this.map.element]) {
+      on(control, "pointerdown", (event) => event.stopPropagation());
+    }
+  }
+
+  /** A message of the server; one for other monitors is passed over. */
+  receive(message) {
+    if (!this.listening || !isFor(message, this.names())) return;
+    this.since?.push(message);
+    this.update(receive(this.model, message));
+  }
+
+  /** Asks the server for everything it keeps: at the beginning, and after the connection was lost. */
+  async refresh() {
+    if (!this.listening) return;
+    const since = (this.since = []); // also tells this request apart from a later one
+    try {
+      const answers = await Promise.all(this.names().map((name) => this.ask(name)));
+      if (this.since !== since) return;
+      this.unreachable = false;
+      this.update(replace(this.model, answers.flat(), since));
+    } catch {
+      if (this.since !== since) return;
+      this.unreachable = true;
+      this.schedule();
+    }
+    this.since = null;
+  }
+
+  async ask(name) {
+    const response = await this.load(`/sparge_attention/runs?${new URLSearchParams({ monitor: name })}`);
+    if (!response.ok) throw new Error(`HTTP ${response.status}`);
+    return (await response.json()).runs ?? [];
+  }
+
+  update(model) {
+    if (model === this.model) return;
+    this.model = model;
+    this.schedule();
+  }
+
+  schedule() {
+    if (!this.frame && this.listening) this.frame = requestAnimationFrame(() => this.render());
+  }
+
+  render() {
+    this.frame = 0;
+    const run = shownRun(this.model);
+    if (run?.number !== this.number) {
+      this.number = run?.number;
+      this.cell = null;
+      if (this.map.isOpen) this.closeMap();
+    }
+    this.showText(run);
+    if (run) this.showHeat(run);
+  }
+
+  showText(run) {
+    const t = this.t;
+    setText(this.facts, run ? facts(run, t) : t("waiting"));
+    this.facts.title = this.facts.textContent;
+    this.showRuns();
+    setText(this.headline, run ? headline(run, t) : "");
+    setText(this.warning, run?.warning ?? "");
+    setText(this.note, this.unreachable ? t("unreachable") : (run?.note ?? ""));
+    setText(this.cost, run && Number.isFinite(run.totals.measuring_ms) ? t("measuring", { time: duration(run.totals.measuring_ms, t) }) : "");
+    this.numbers.replaceChildren(...(run?.step || run?.totals.sparse_calls ? this.rows(run) : []));
+    this.reasons.replaceChildren(...(run?.reasons ?? []).map(([reason, n]) => el("li", { text: t("reason", { n: integer(n, t), reason }) })));
+    this.reasonsTitle.hidden = this.reasons.hidden = !run?.reasons.length;
+    for (const line of [this.headline, this.warning, this.note, this.cost, this.numbers]) line.hidden = !line.hasChildNodes();
+  }
+
+  showRuns() {
+    const numbers = this.model.runs.map((run) => run.number);
+    this.runs.hidden = numbers.length < 2;
+    if ([...this.runs.options].map((option) => Number(option.value)).join() !== numbers.join()) {
+      this.runs.replaceChildren(...numbers.map((number) => el("option", { value: number, text: this.t("runNumber", { n: number }) })));
+    }
+    const shown = String(shownRun(this.model)?.number ?? "");
+    if (this.runs.value !== shown) this.runs.value = shown;
+  }
+
+  rows(run) {
+    const t = this.t;
+    const step = lastStep(run);
+    const row = (title, numbers) => {
+      const texts = COLUMNS.map((name) => (name.endsWith("calls") ? integer(numbers?.[name], t) : quantityText(name, numbers?.[name], t)));
+      return el("tr", {}, el("th", { scope: "row", text: title }), ...texts.map((text) => el("td", { text })));
+    };
+    const { sparse_ms: sparseMs, dense_ms: denseMs } = run.totals;
+    const whole = { ...run.totals, ms: Number.isFinite(sparseMs) && Number.isFinite(denseMs) ? sparseMs + denseMs : null };
+    const head = el("tr", {}, el("td"), ...COLUMNS.map((name) => el("th", { scope: "col", text: t(name) })));
+    return [head, row(t("stepColumn", { n: step + 1 }), step < 0 ? null : stepNumbers(run, step)), row(t("runColumn"), whole)];
+  }
+
+  showHeat(run) {
+    const t = this.t;
+    const measured = this.model.runs.some((known) => hasNumbers(known, "error"));
+    const button = this.quantities.button("error");
+    button.disabled = !measured;
+    button.title = t(measured ? "errorTitle" : "errorLater");
+    if (this.quantity === "error" && !measured) this.quantity = "density";
+    this.quantities.set(this.quantity);
+    const { max, clipped } = scaleOf(run, this.quantity);
+    setText(this.legend.low, quantityText(this.quantity, 0, t));
+    const top = quantityText(this.quantity, max, t);
+    setText(this.legend.high, clipped ? t("atLeast", { n: top }) : top);
+    this.heat.canvas.setAttribute("aria-label", t("heatMap", { quantity: t(this.quantity), steps: run.steps, layers: run.layers }));
+    this.heat.draw(run, this.quantity, t);
+    this.heat.point(this.cell);
+    this.tellCell(run);
+    if (this.map.isOpen) this.offerHeads(run);
+  }
+
+  tellCell(run, cell = this.cell) {
+    const text = !run ? "" : cell ? cellText(run, cell, this.t) : this.t("hint");
+    setText(this.cellLine, text);
+    this.cellLine.title = text;
+  }
+
+  pick(quantity) {
+    this.quantity = quantity;
+    this.schedule();
+  }
+
+  hover(cell) {
+    this.tellCell(shownRun(this.model), cell ?? this.cell);
+  }
+
+  /** Moves the cursor to a cell, and opens its block map where `opens`. */
+  point(cell, opens) {
+    const run = shownRun(this.model);
+    if (!run) return;
+    this.cell = cell;
+    this.heat.point(cell);
+    this.tellCell(run);
+    if (!opens) return;
+    this.offerHeads(run);
+    this.map.open({ run: run.number, ...cell, head: "" });
+    this.map.close_.focus();
+  }
+
+  offerHeads(run) {
+    this.map.offerHeads(run.heads, this.cell?.step === lastStep(run));
+  }
+
+  closeMap() {
+    const hadFocus = this.map.element.contains(document.activeElement);
+    this.map.close();
+    if (hadFocus) this.heat.canvas.focus();
+  }
+
+  key(event) {
+    const run = shownRun(this.model);
+    if (!run || event.ctrlKey || event.metaKey || event.altKey) return;
+    const to = moved(this.cell, event.key, run.steps, run.layers, lastStep(run));
+    if (to) this.point(to, false);
+    else if (event.key === "Enter" && this.cell) this.point(this.cell, true);
+    else if (event.key === "Escape" && this.cell) {
+      this.cell = null;
+      this.heat.point(null);
+      this.tellCell(run);
+    } else return;
+    event.preventDefault();
+    event.stopPropagation();
+  }
+}
