@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-OLDEST = (20, 19)  # takes a .js file with `import` as a module
+OLDEST = (18, 19)  # Debian 12 has it; web/package.json tells it that the .js files are modules
 
 
 def node() -> str:
