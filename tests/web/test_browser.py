@@ -160,14 +160,14 @@ def desk(request, browser):
         made.page.close()
 
 
-def workflow(seed: int, steps: int = STEPS, length: int = 9, cdfthreshd: float = 0.99) -> dict:
-    """The demo's workflow cut down to a sampler, with a monitor before it."""
+def workflow(seed: int, steps: int = STEPS, length: int = 9, cdfthreshd: float = 0.99, whole_size: bool = False) -> dict:
+    """The demo's workflow cut down to a sampler, with a monitor before it; of few tokens unless `whole_size`."""
     file = comfy_server.HERE / "fixture_pack" / "workflows" / "sparge_demo.json"
     whole = json.loads(file.read_text(encoding="utf-8"))
     nodes = {node["id"]: node for node in whole["nodes"] if node["id"] <= 6}
     links = [link for link in whole["links"] if link[1] in nodes and link[3] in nodes]
     values = {3: {5: 256, 7: cdfthreshd}, 5: {0: 320, 1: 256, 2: length}, 6: {0: seed, 2: steps}}
-    for identity, changes in values.items():
+    for identity, changes in () if whole_size else values.items():
         for at, value in changes.items():
             nodes[identity]["widgets_values"][at] = value
     through = next(link for link in links if (link[1], link[3]) == (3, 6))

@@ -1,0 +1,44 @@
+"""Takes the README's pictures of Sparge Monitor: the demo's workflow, sampled in a real browser. `python tests/web/picture.py`; about two minutes."""
+
+from __future__ import annotations
+
+import sys
+
+import chromium
+import comfy_server
+import demo_model
+import install
+import test_browser
+
+FOLDER = install.ROOT / "web" / "docs"
+MARGIN = 12
+
+
+def main() -> int:
+    server = comfy_server.ComfyServer(pack_folder="ComfyUI-SpargeAttention")
+    demo_model.write_demo_model(server.model_path(test_browser.MODEL))
+    with chromium.Chromium(chromium.find()) as browser, server:
+        desk = test_browser.Desk(browser, server, "vue")
+        desk.set(VueNodes_Enabled=True, Locale="en", ColorPalette="dark")
+        desk.open()
+        desk.drop(test_browser.workflow(seed=1, whole_size=True))
+        test_browser.queue(desk)
+        steps = int(desk.wait_facts("done · step (\\d+) of", 600).split()[3])
+        node = f"document.querySelector('[data-node-id=\"{test_browser.MONITOR}\"]').getBoundingClientRect()"
+        take(desk, node, "monitor.png")
+        paper = desk.box(".sparge-paper")
+        desk.page.click(paper["x"] + paper["width"] * (steps - 0.5) / steps, paper["y"] + paper["height"] * 2.5 / test_browser.LAYERS)
+        panel = test_browser.PANEL
+        desk.page.wait_for(f"!{panel}.querySelector('.sparge-map').hidden && {panel}.querySelector('.sparge-map [role=status]').hidden")
+        take(desk, node, "monitor_map.png")
+    return 0
+
+
+def take(desk: test_browser.Desk, node: str, name: str) -> None:
+    box = desk.page.evaluate(f"(({{x, y, width, height}}) => ({{x, y, width, height}}))({node})")
+    box = {"x": box["x"] - MARGIN, "y": box["y"] - MARGIN, "width": box["width"] + 2 * MARGIN, "height": box["height"] + 2 * MARGIN}
+    print(desk.page.screenshot(FOLDER / name, box))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
