@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 
+import comfy.model_management
 import comfy.patcher_extension
 import folder_paths
 from comfy_api.latest import ComfyExtension, io, ui
@@ -22,6 +23,8 @@ ANSWERS = "sparge_attention_answers"
 """The attribute of the server that holds the functions behind the pack's routes."""
 
 WRAPPERS = comfy.patcher_extension.WrappersMP
+Interrupted = comfy.model_management.InterruptProcessingException
+"""What ends a run that the user stops."""
 
 
 def add_wrapper(model, kind: str, key: str, function) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _kernels, geometry, reasons
+from . import _comfy, _kernels, geometry, reasons
 from .run_state import CallContext, Patch, layer_listed
 from .telemetry import Pooled, Run, Timer
 
@@ -106,7 +106,7 @@ class AttentionOverride:
         shape = pooled = None
         if run.monitors:
             shape = (*request.q.shape, request.heads, request.s_k, request.mask is not None)
-            pooled = Pooled(info.pooled(), info.counts.shape[-1], info.key_blocks, decision.place)
+            pooled = _picture(run, info, decision)
         run.sparse(call.run.step, decision.layer, request.s_q, info.density, info.pv_skipped, timer, shape=shape, pooled=pooled)
         if shape is not None and run.wants_dense(shape):
             _time_dense(run, call.run.step, decision.layer, request, shape, func, args, kwargs)
@@ -127,6 +127,15 @@ def _plain(func, *args, **kwargs):
     return func(*args, **kwargs)
 
 
+def _picture(run: Run, info: _kernels.AttentionInfo, decision: Sparse) -> Pooled | None:
+    """The call's block map for the monitor, or None where there is no room for it: sampling goes on without."""
+    try:
+        return Pooled(info.pooled(), info.counts.shape[-1], info.key_blocks, decision.place)
+    except RuntimeError as error:
+        run.note = reasons.NO_PICTURE.format(error=type(error).__name__)
+        return None
+
+
 def _time_dense(run: Run, step: int, layer: int, request: Request, shape: tuple, func, args, kwargs) -> None:
     """Runs ComfyUI's own attention for its time alone. Other nodes' overrides are left out: they may count their calls."""
     cost = Timer(request.q.device)
@@ -136,7 +145,9 @@ def _time_dense(run: Run, step: int, layer: int, request: Request, shape: tuple,
         timer = Timer(request.q.device)
         func(*args, **kwargs)
         timer.stop()
-    except RuntimeError as error:  # no room for the dense call: the sparse one, which is the run's, did fit
+    except _comfy.Interrupted:
+        raise
+    except Exception as error:  # no room for the dense call, or a dense backend that refuses it: the sparse one, which is the run's, went well
         run.measures = False
         run.note = reasons.NOT_TIMED.format(error=type(error).__name__)
         return

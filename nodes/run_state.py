@@ -136,7 +136,10 @@ class RunState:
         self.step = step
 
     def close(self) -> None:
-        self.telemetry.close()
+        try:
+            self.telemetry.close()
+        except RuntimeError as error:  # the device fails: the sampler's own error is the one to see
+            self.telemetry.abandon(reasons.ENDED_EARLY.format(error=type(error).__name__))
         if self.telemetry.note is not None:
             pass  # it ended early, which says nothing about who answers the model's calls
         elif self.family is not None and self.family.parts is None:

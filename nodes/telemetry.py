@@ -153,6 +153,7 @@ class Run:
         self.cells: dict[tuple[int, int], Cell] = {}
         self.reasons: Counter = Counter()
         self.calls = 0
+        self.launched = 0  # sparse calls, also those whose numbers have not arrived
         self.heads = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -186,6 +187,7 @@ class Run:
         In a run with monitors, `shape` is what the dense time of the call depends on, and `pooled` its picture.
         """
         self.calls += 1
+        self.launched += 1
         self._pending.append(_Pending(step, layer, tokens, timer, density, pv_skipped, shape=shape, pooled=pooled))
 
     def wants_dense(self, shape: tuple) -> bool:
@@ -226,7 +228,6 @@ class Run:
             if pooled:
                 means = torch.cat([p.pooled.heads.mean(0, dtype=torch.float32).flatten() for p in pooled])
                 sent.append((means + 0.5).to(torch.uint8))
-                self._remember_heads(pooled)
             self._in_flight = _InFlight(self._pending, sent, *_to_host(sent))
             if self._in_flight.done is None and sent[0].device.type == "cpu":  # it is there
                 self._collect()
@@ -239,6 +240,12 @@ class Run:
         step, layers = self.head_maps
         self.head_maps = step, {layer: [x.cpu().numpy() for x in maps] for layer, maps in layers.items()}
         self.state = "done" if self.state == "running" else self.state
+        self.seconds = time.perf_counter() - self._started
+
+    def abandon(self, note: str) -> None:
+        """Closes the run without what is still on the device."""
+        self._pending, self._in_flight, self.head_maps = [], None, (-1, {})
+        self.state, self.note = "failed", self.note or note
         self.seconds = time.perf_counter() - self._started
 
     def _remember_heads(self, pooled: list[_Pending]) -> None:
@@ -254,6 +261,9 @@ class Run:
         if arrived.done is not None:
             arrived.done.synchronize()
         self._take(arrived.pending, [x.cpu().numpy() for x in arrived.host])
+        pooled = [p for p in arrived.pending if p.pooled is not None]
+        if pooled:  # not earlier: the pictures of heads belong to the last step whose numbers are there
+            self._remember_heads(pooled)
 
     def _take(self, pending: list[_Pending], arrays: list[np.ndarray]) -> None:
         values = arrays[0].astype(np.float32) if arrays else None
@@ -430,11 +440,11 @@ class Runs:
 
     def add(self, run: Run) -> None:
         """Moves a run to the closed ones. Pictures of heads stay with the newest alone, the others' as far as there is room."""
-        if run in self.running:
-            self.running.remove(run)
         for earlier in self.closed:
             earlier.head_maps = (-1, {})
         self.closed.append(run)
+        if run in self.running:  # only now: whoever asks in between finds it
+            self.running.remove(run)
         room = MAX_STORED_MAP_BYTES
         for kept in reversed(self.closed):
             room -= kept.map_bytes

@@ -71,7 +71,7 @@ def _rounded(value):
 def remarks(run: telemetry.Run) -> tuple[str | None, str | None]:
     """(warning, note): that nothing runs sparse is a warning, unless a window or the counting of blocks explains it and the run goes on."""
     closed = run.state != "running"
-    if run.sparse_calls or run.warning == reasons.NO_NODE:
+    if run.launched or run.warning == reasons.NO_NODE:
         return run.warning, run.note
     if run.state == "done" and run.note is not None:
         return run.note, None  # NEVER_ROUTED, NOTHING_SEEN
@@ -122,8 +122,8 @@ def answer_map(query: Mapping[str, str]) -> tuple[int, dict]:
             return 404, {"error": f"heads are kept for the last sparse step alone ({step if layers else 'none here'}), got step {asked['step']}"}
         if asked["head"] >= calls[0].shape[0]:
             return 404, {"error": f"head must be below {calls[0].shape[0]}, got {asked['head']}"}
-        chosen = [np.asarray(call[asked["head"]].cpu() if hasattr(call, "cpu") else call[asked["head"]], dtype=np.float32) for call in calls]
-        chosen = [x for x in chosen if x.shape == chosen[0].shape]
+        alike = [call[asked["head"]] for call in calls if call.shape == calls[0].shape]
+        chosen = [np.asarray(call.cpu() if hasattr(call, "cpu") else call, dtype=np.float32) for call in alike]
         values = (sum(chosen) / len(chosen) + 0.5).astype(np.uint8)
     rows, columns = values.shape
     return 200, {"version": VERSION, "rows": rows, "columns": columns, "n_q": picture.n_q, "n_k": picture.n_k, "values": _text(values),

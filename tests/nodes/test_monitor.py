@@ -245,23 +245,50 @@ def test_a_run_that_breaks_off(tiny, patched, watched, browser, nodes):
     assert len(last["cells"]) == 2 and not nodes.telemetry.runs.running
 
 
-def test_no_room_for_the_dense_call(direct, nodes, monkeypatch):
-    """The sparse call did fit: the run goes on without a comparison."""
+@pytest.mark.parametrize("error", (torch.OutOfMemoryError("no room"), ValueError("not this shape")), ids=("memory", "refusal"))
+def test_a_dense_call_that_fails(direct, nodes, error):
+    """The sparse call went well: the run goes on without a comparison."""
     ours = direct()
     ours.run.monitors, ours.run.measures = {"7": True}, True
     asked = []
 
-    def no_room(*args, **kwargs):
+    def fail(*args, **kwargs):
         asked.append(1)
-        raise torch.OutOfMemoryError("no room")
+        raise error
 
     q, k, v = torch.randn(3, 1, 2, 300, 16, generator=torch.Generator().manual_seed(1))
     for _ in range(2):
-        assert ours.patch.override(no_room, q, k, v, 2, skip_reshape=True, transformer_options=ours.options).isfinite().all()
+        assert ours.patch.override(fail, q, k, v, 2, skip_reshape=True, transformer_options=ours.options).isfinite().all()
     run = ours.closed()
     assert len(asked) == 1 and run["totals"]["sparse_calls"] == 2 and run["totals"]["measuring_ms"] == 0
-    assert run["note"] == "dense attention could not be timed (OutOfMemoryError), so there is no speed-up to show"
+    assert run["note"] == f"dense attention could not be timed ({type(error).__name__}), so there is no speed-up to show"
     assert run["totals"]["saved_ms"] is None is run["totals"]["speedup"]
+
+
+def test_a_stop_by_the_user_in_the_dense_call_stops_the_run(direct, nodes):
+    ours = direct()
+    ours.run.monitors, ours.run.measures = {"7": True}, True
+
+    def stop(*args, **kwargs):
+        raise nodes._comfy.Interrupted()
+
+    q, k, v = torch.randn(3, 1, 2, 300, 16, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(nodes._comfy.Interrupted):
+        ours.patch.override(stop, q, k, v, 2, skip_reshape=True, transformer_options=ours.options)
+
+
+def test_no_room_for_the_picture(direct, nodes, monkeypatch):
+    ours = direct()
+    ours.run.monitors = {"7": True}
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(nodes._kernels.AttentionInfo, "pooled", fail)
+    q, k, v = torch.randn(3, 1, 2, 300, 16, generator=torch.Generator().manual_seed(1))
+    assert ours.patch.override(fail, q, k, v, 2, skip_reshape=True, transformer_options=ours.options).isfinite().all()
+    run = ours.closed()
+    assert run["totals"]["sparse_calls"] == 1 and run["note"] == "a block map could not be made for the monitor (OutOfMemoryError)"
 
 
 # The node.

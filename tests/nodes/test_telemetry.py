@@ -264,7 +264,8 @@ def test_numbers_that_are_a_step_late(nodes, run, monkeypatch):
             run.measured(step, 0, 256, "s", Clock(5.0), Clock(9.0))
         run.end_step()
         seen.append([at for at, _ in run.news()])
-        assert run.head_maps[0] == step and sorted(run.maps) == [(earlier, 0) for earlier in range(step)]
+        assert run.head_maps[0] == step - 1 and sorted(run.maps) == [(earlier, 0) for earlier in range(step)]
+        assert nodes.transport.remarks(run)[0] is None, "that nothing ran sparse is not known before the numbers are there"
     assert seen == [[], [(0, 0)], [(1, 0)]] and waited == [2, 2]  # two tensors, numbers and pictures, behind one event
     run.close()
     assert [at for at, _ in run.news()] == [(2, 0)] and [at for at, _ in run.numbers()] == [(0, 0), (1, 0), (2, 0)] and waited == [2, 2, 2]
@@ -328,3 +329,24 @@ def test_summary_of_a_slow_down_says_so(nodes):
     run.cells[0, 0] = nodes.telemetry.Cell(sparse_calls=1, density=0.5)
     run._ms_by_tokens = {(100, True): [2.0], (100, False): [1.0]}
     assert "2.00x slower than dense: raise min_tokens" in run.summary()
+
+
+def test_a_run_is_always_found_while_it_closes(nodes, monkeypatch):
+    """The server asks from another thread."""
+    store = nodes.telemetry.Runs()
+    run = store.open(node="1", owner="o", facts={}, sigmas=[1.0, 0.0], monitors={"7": True})
+
+    class Watched(list):
+        def remove(self, value):
+            assert store.find(value.number) is value and value in store.closed
+            super().remove(value)
+
+    store.running = Watched(store.running)
+    store.add(run)
+    assert store.running == [] and store.find(run.number) is run
+
+
+def test_a_device_that_fails_while_the_run_closes(nodes, run):
+    run.sparse(0, 0, 256, heads(0.5, 0.5), heads(0.0, 0.0), Clock(2.0))
+    run.abandon("the run ended early (OutOfMemoryError)")
+    assert run.state == "failed" and "OutOfMemory" in run.note and run.to_dict()["totals"]["sparse_calls"] == 0

@@ -3,7 +3,7 @@ import { test } from "node:test";
 
 import {
   DENSE, MAX_LAYERS, MAX_RUNS, MISSING, SPARSE,
-  choose, emptyModel, hasNumbers, kindOf, lastStep, niceCeiling, receive, replace, scaleOf, shownRun, stepNumbers,
+  choose, emptyModel, hasNumbers, kindOf, lastSparseStep, lastStep, niceCeiling, receive, replace, scaleOf, shownRun, stepNumbers,
 } from "../../web/js/lib/model.js";
 
 const SHARES = { density: 0.5, pv_skipped: 0.1 };
@@ -156,4 +156,11 @@ test("fifty steps of sixty layers are taken in quickly", () => {
   }
   assert.equal(kindOf(shownRun(model), 2999), SPARSE);
   assert.ok(slowest < 50, `${slowest} ms for one message`);
+});
+
+test("the step whose heads can be asked for is the last sparse one", () => {
+  const model = receive(emptyModel(), message({ step: 2, cells: [sparse(0, 0), dense(0, 1), dense(1, 0), dense(1, 1)] }));
+  assert.equal(lastSparseStep(shownRun(model)), 0);
+  assert.equal(lastStep(shownRun(model)), 1);
+  assert.equal(lastSparseStep(shownRun(receive(emptyModel(), message({ step: 0, cells: [] })))), -1);
 });

@@ -103,7 +103,7 @@ export class MapPanel {
     this.tiles.replaceChildren(...tiles);
   }
 
-  /** The heads that can be asked for: those of the last finished step. */
+  /** The heads that can be asked for: those of the last sparse step. */
   offerHeads(heads, isLast) {
     const count = isLast ? heads : 0;
     if (this.head.options.length !== count + 1) {

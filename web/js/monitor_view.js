@@ -3,7 +3,7 @@
 import { cellText, duration, facts, headline, integer, quantityText } from "./lib/format.js";
 import { isFor } from "./lib/ids.js";
 import { moved } from "./lib/layout.js";
-import { QUANTITIES, choose, emptyModel, hasNumbers, lastStep, receive, replace, scaleOf, shownRun, stepNumbers } from "./lib/model.js";
+import { QUANTITIES, choose, emptyModel, hasNumbers, lastSparseStep, lastStep, receive, replace, scaleOf, shownRun, stepNumbers } from "./lib/model.js";
 import { gradient } from "./lib/palette.js";
 import { choice, el, legend, setText } from "./monitor_dom.js";
 import { HeatMap, hatchCss } from "./monitor_heat_map.js";
@@ -117,6 +117,10 @@ export class MonitorView {
   /** A message of the server; one for other monitors is passed over. */
   receive(message) {
     if (!this.listening || !isFor(message, this.names())) return;
+    if (this.unreachable) {
+      this.unreachable = false; // it is there again; what was missed meanwhile is asked for
+      this.refresh();
+    }
     this.since?.push(message);
     this.update(receive(this.model, message));
   }
@@ -246,13 +250,16 @@ export class MonitorView {
     this.heat.point(cell);
     this.tellCell(run);
     if (!opens) return;
-    this.offerHeads(run);
     this.map.open({ run: run.number, ...cell, head: "" });
+    this.offerHeads(run);
     this.map.close_.focus();
   }
 
   offerHeads(run) {
-    this.map.offerHeads(run.heads, this.cell?.step === lastStep(run));
+    const wanted = this.map.wanted;
+    const isLast = (wanted ?? this.cell)?.step === lastSparseStep(run);
+    if (!isLast && wanted?.head) this.map.open({ ...wanted, head: "" }); // the server keeps the heads of one step: the picture must not outlive its label
+    this.map.offerHeads(run.heads, isLast);
   }
 
   closeMap() {

@@ -39,7 +39,7 @@ export function headline(run, t) {
 }
 
 export function facts(run, t) {
-  const parts = [t(run.state), t("stepOf", { step: run.step, steps: run.steps })];
+  const parts = [t(run.state), t("stepOf", { step: Math.min(run.step, run.steps), steps: run.steps })];
   if (run.layers) parts.push(t("layers", { n: run.layers }));
   if (run.heads) parts.push(t("heads", { n: run.heads }));
   if (run.tokens) parts.push(t("tokens", { n: integer(run.tokens, t) }));

@@ -169,6 +169,12 @@ export function lastStep(run) {
   return -1;
 }
 
+/** The last step with a sparse call, or -1: the one whose heads the server keeps. */
+export function lastSparseStep(run) {
+  for (let index = run.ms.length - 1; index >= 0; index--) if (run.sparse_calls[index]) return Math.floor(index / run.layers);
+  return -1;
+}
+
 /** The upper end of the colour scale: { max, clipped }. Shares end at 1; other quantities where all but the slowest cells fit. */
 export function scaleOf(run, quantity) {
   if (quantity === "density" || quantity === "pv_skipped") return { max: 1, clipped: false };
