@@ -1,4 +1,4 @@
-"""Takes the README's pictures of Sparge Monitor: the demo's workflow, sampled in a real browser. `python tests/web/picture.py`; about two minutes."""
+"""Takes the README's pictures of Sparge Monitor: `PYTHONPATH=tests/comfyui python tests/web/picture.py`, two minutes."""
 
 from __future__ import annotations
 
