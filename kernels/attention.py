@@ -91,7 +91,7 @@ class AttentionInfo:
 
 
 _POOLED_AT_ONCE = 1 << 22
-"""Entries of the kept blocks that `AttentionInfo.pooled` widens at once: some 50 MB, whatever the length of the sequence."""
+"""Entries of the kept blocks that `AttentionInfo.pooled` widens at once: some 50 MB, or what one head needs."""
 
 
 def _edges(blocks: int, cells: int, device: torch.device) -> Tensor:

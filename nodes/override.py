@@ -132,8 +132,15 @@ def _picture(run: Run, info: _kernels.AttentionInfo, decision: Sparse) -> Pooled
     try:
         return Pooled(info.pooled(), info.counts.shape[-1], info.key_blocks, decision.place)
     except RuntimeError as error:
+        _check_device(info.counts)
         run.note = reasons.NO_PICTURE.format(error=type(error).__name__)
         return None
+
+
+def _check_device(x: Tensor) -> None:
+    """Raises where a kernel has failed on the tensor's GPU: that shows in whatever comes next and must not pass for want of room there."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
 
 
 def _time_dense(run: Run, step: int, layer: int, request: Request, shape: tuple, func, args, kwargs) -> None:
@@ -148,6 +155,7 @@ def _time_dense(run: Run, step: int, layer: int, request: Request, shape: tuple,
     except _comfy.Interrupted:
         raise
     except Exception as error:  # no room for the dense call, or a dense backend that refuses it: the sparse one, which is the run's, went well
+        _check_device(request.q)
         run.measures = False
         run.note = reasons.NOT_TIMED.format(error=type(error).__name__)
         return

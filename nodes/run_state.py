@@ -136,9 +136,11 @@ class RunState:
         self.step = step
 
     def close(self) -> None:
+        sampled, failure = self.telemetry.state != "failed", None
         try:
             self.telemetry.close()
-        except RuntimeError as error:  # the device fails: the sampler's own error is the one to see
+        except RuntimeError as error:
+            failure = error
             self.telemetry.abandon(reasons.ENDED_EARLY.format(error=type(error).__name__))
         if self.telemetry.note is not None:
             pass  # it ended early, which says nothing about who answers the model's calls
@@ -153,6 +155,8 @@ class RunState:
         summary = self.telemetry.summary()
         logger.info("Sparge Attention, run %d: %s", self.telemetry.number, summary)
         _comfy.show_text(self.patch.node, summary)
+        if failure is not None and sampled:  # else the sampler's own error is on its way, and is the one to see
+            raise failure
 
 
 class CallContext:

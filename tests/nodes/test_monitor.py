@@ -310,3 +310,39 @@ def test_bad_values(nodes, tiny):
         nodes.monitor.SpargeMonitor.execute(5)
     with pytest.raises(ValueError, match="measure_dense must be true or false, got 'yes'; "):
         nodes.monitor.SpargeMonitor.execute(tiny("wan_t2v").patcher, "yes")
+
+
+@pytest.mark.parametrize("stopped", (False, True), ids=("after sampling", "after the sampler's own error"))
+def test_a_device_that_fails_at_the_end_is_told(tiny, patched, watched, browser, nodes, monkeypatch, stopped):
+    import comfy.sample
+
+    def fail(run):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def stop(*_):
+        if stopped:
+            raise KeyError("stop")
+
+    model = tiny("wan_t2v")
+    noise = comfy.sample.prepare_noise(model.latent, 1)
+    inputs = model.positive, model.negative, model.latent
+    monkeypatch.setattr(nodes.telemetry.Run, "close", fail)
+    with pytest.raises(KeyError if stopped else RuntimeError, match="stop" if stopped else "illegal memory access"):
+        comfy.sample.sample(watched(patched(model), "7"), noise, 2, 1.0, "euler", "simple", *inputs, disable_pbar=True, callback=stop, seed=1)
+    assert browser.sent[-1]["state"] == "failed" and not nodes.telemetry.runs.running
+
+
+@pytest.mark.parametrize("part", ("dense call", "picture"))
+def test_a_kernel_failure_is_not_taken_for_want_of_room(direct, nodes, monkeypatch, part):
+    ours = direct()
+    ours.run.monitors, ours.run.measures = {"7": True}, part == "dense call"
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    if part == "picture":
+        monkeypatch.setattr(nodes._kernels.AttentionInfo, "pooled", fail)
+    monkeypatch.setattr(nodes.override, "_check_device", fail)
+    q, k, v = torch.randn(3, 1, 2, 300, 16, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        ours.patch.override(fail, q, k, v, 2, skip_reshape=True, transformer_options=ours.options)
