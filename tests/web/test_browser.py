@@ -95,7 +95,16 @@ class Desk:
         self.page.goto(self.server.url)
         self.page.wait_for("window.app?.graph && app.extensionManager && document.querySelector('#sparge-monitor-style') !== null")
         self.page.wait_for("document.querySelector('canvas#graph-canvas')?.clientWidth > 0 && !document.querySelector('#splash-loader')")
+        self.unveil()
         self.page.evaluate(MADE_UP)
+
+    def unveil(self) -> None:
+        """Waits for the front end's loading veil to go. On a slow machine PrimeVue's BlockUI, blocked again while its first veil fades, takes away
+        the second and leaves the first over the page for good (it then complains of removeChild): such a veil is removed."""
+        try:
+            self.page.wait_for("!document.querySelector('.p-blockui-mask')", 5)
+        except chromium.BrowserError:
+            self.page.evaluate("document.querySelectorAll('.p-blockui-mask').forEach((veil) => veil.remove())")
 
     def drop(self, workflow: dict) -> None:
         """Drops a workflow file on the canvas, as a user does, and puts the monitor into view at full size."""
@@ -114,6 +123,7 @@ class Desk:
             except chromium.BrowserError:
                 continue
         self.page.wait_for(loaded, 3)
+        self.unveil()
         self.look()
 
     def look(self) -> None:
