@@ -16,6 +16,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -164,7 +165,7 @@ class ComfyServer:
         if not settings.exists():  # else the front end opens with its template browser over the canvas
             settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}), encoding="utf-8")
         self.port = free_port(self.preferred_port)
-        command = [str(install.venv_python()), str(HERE / "comfy_launch.py"), str(main), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
+        command = [sys.executable, str(HERE / "comfy_launch.py"), str(main), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:", "--disable-api-nodes", "--disable-auto-launch"]
         command += ["--use-pytorch-cross-attention", *self.arguments]
         environment = dict(os.environ, OMP_NUM_THREADS=str(cores()), PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
