@@ -1,0 +1,123 @@
+"""`pip install .` and the wheel on every Python that is found, and `pip install -r requirements.txt` beside ComfyUI: nothing else changes."""
+
+from __future__ import annotations
+
+import glob
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SUPPORTED = ((3, 10), (3, 11), (3, 12), (3, 13))
+ASK = "import sys, venv; print(*sys.version_info[:2])"
+BROUGHT = {"imageio", "numpy", "pillow"}  # imageio and what it needs
+
+# Where torch is not to be had: the files are all there, this Python compiles them, and the device code is found without torch.
+WITHOUT_TORCH = """
+import compileall, importlib.metadata, pathlib, sys
+site = pathlib.Path(sys.argv[1])
+found = importlib.metadata.distribution("sparge-attention")
+assert not [line for line in found.requires or () if line.startswith("torch")], found.requires
+files = [str(site / f) for f in found.files if f.parts[0] == "sparge_kernels" and f.suffix == ".py"]
+assert files and all(compileall.compile_file(f, quiet=1) for f in files)
+import types
+package = types.ModuleType("sparge_kernels")
+package.__path__ = [str(site / "sparge_kernels")]
+sys.modules["sparge_kernels"] = package
+from sparge_kernels import config
+from sparge_kernels.cuda import loader
+variant = next(iter(config.variants("sm_89")))
+assert loader.find("sm_89", variant).origin == "packaged for sm_89"
+print(found.version)
+"""
+
+
+def interpreter(minor: tuple[int, int]) -> Path | None:
+    """This Python, one on PATH, or one that pyenv or uv installed."""
+    name = ".".join(map(str, minor))
+    homes = [Path.home() / ".pyenv" / "versions" / f"{name}.*", Path.home() / ".local" / "share" / "uv" / "python" / f"cpython-{name}*"]
+    candidates = [sys.executable, shutil.which(f"python{name}")]
+    candidates += [found for home in homes for found in sorted(glob.glob(str(home / "bin" / "python")))]
+    for candidate in filter(None, candidates):
+        said = subprocess.run([candidate, "-c", ASK], capture_output=True, text=True)
+        if said.stdout.split() == [str(part) for part in minor]:
+            return Path(candidate)
+    return None
+
+
+def version() -> str:
+    return re.search(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)[1]
+
+
+@pytest.fixture(scope="session")
+def wheel(pypi, repository, new_home):
+    """Built once, as `pip wheel .` builds it, with the build requirements of pyproject.toml."""
+    user = new_home()
+    user.run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", user.folder / "wheel", repository)
+    (built,) = (user.folder / "wheel").iterdir()
+    return built
+
+
+@pytest.mark.parametrize("minor", SUPPORTED, ids=lambda m: "Python " + ".".join(map(str, m)))
+def test_pip_install_and_the_wheel_on_every_python(minor, pypi, repository, wheel, new_home, new_environment):
+    found = interpreter(minor)
+    if found is None:  # no package manager of the tests can bring one, so that this is not a failure in CI
+        pytest.skip(f"there is no Python {minor[0]}.{minor[1]} here")
+    environment, ours = new_environment(new_home(), found), f"sparge-attention=={version()}"
+    assert environment.freeze() == set()
+    # With what it needs on one Python only: numpy and pillow are as much work for pip as all the rest.
+    environment.pip("install", "--quiet", *(() if found == Path(sys.executable) else ("--no-deps",)), repository)
+    lines, from_source = environment.freeze(), installed(environment)
+    assert {line.split("==")[0] for line in lines - {ours}} == (BROUGHT if found == Path(sys.executable) else set()) and ours in lines
+    assert environment.run("-c", WITHOUT_TORCH, environment.site).split() == [version()]
+
+    environment.pip("uninstall", "--quiet", "--yes", "sparge-attention")
+    assert installed(environment) == set() and environment.freeze() == lines - {ours}
+
+    environment.pip("install", "--quiet", "--no-deps", "--no-index", wheel)
+    assert wheel.name == f"sparge_attention-{version()}-py3-none-any.whl"
+    assert installed(environment) ^ from_source <= {f"sparge_attention-{version()}.dist-info/direct_url.json"} and environment.freeze() == lines
+    assert environment.run("-c", WITHOUT_TORCH, environment.site).split() == [version()]
+
+
+def installed(environment) -> set[str]:
+    """Our files: by their name, for a leftover is in no list of pip's."""
+    return {str(p.relative_to(environment.site)) for p in environment.site.glob("*sparge*/**/*") if p.is_file() and "__pycache__" not in p.parts}
+
+
+def test_beside_torch_the_self_test_passes_and_nothing_else_changes(wheel, repository, new_home, new_environment):
+    """In an environment like ComfyUI's: its packages stay as they are, by the package and by requirements.txt; only imageio is new."""
+    environment = new_environment(new_home()).add_project_packages()
+    before = environment.freeze()
+    assert any(line.startswith("torch==") for line in before) and not any(line.startswith("imageio==") for line in before)
+
+    environment.pip("install", "--quiet", "-r", repository / "requirements.txt")
+    (new,) = environment.freeze() - before
+    assert new.startswith("imageio==") and before <= environment.freeze()
+
+    environment.pip("install", "--quiet", wheel)
+    assert environment.freeze() - before - {new} == {f"sparge-attention=={version()}"} and before <= environment.freeze()
+    files = environment.user.listing()
+    said = environment.run("-m", "sparge_kernels", CUDA_VISIBLE_DEVICES="")
+    assert environment.user.listing() == files
+    assert said.startswith(f"sparge_kernels {version()}, ") and "backend torch: available" in said and "WRONG" not in said and said.count(" ok") == 4
+
+    environment.pip("uninstall", "--quiet", "--yes", "sparge-attention")
+    assert installed(environment) == set() and environment.freeze() == before | {new}
+
+
+def test_requirements_are_plain_lines_without_torch():
+    """ComfyUI-Manager takes neither options nor paths, and a manager must have no reason to replace a CUDA build of torch."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split("\n")
+    asked = re.search(r"^dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)[1]
+    assert sorted(filter(None, lines)) == sorted(re.findall(r'"([^"]+)"', asked))
+    for line in filter(None, lines):
+        assert re.fullmatch(r"[A-Za-z][\w.-]*>=[\d.]+", line) and not line.lower().startswith(("torch", "nvidia", "triton")), line
+
+
+def test_versions_agree():
+    assert f'__version__ = "{version()}"' in (ROOT / "kernels" / "__init__.py").read_text(encoding="utf-8")
