@@ -6,13 +6,16 @@ import math
 import re
 from dataclasses import dataclass, fields, replace
 
-from . import _comfy, _kernels
+from . import _comfy, _kernels, reasons
 from ._comfy import io
 from .override import AttentionOverride
+from .presets import Preset, preset_for
 from .run_state import Patch
 
 TOKEN_ORDERS = ("auto", *_kernels.ORDER_KINDS)
 BACKENDS = _kernels.BACKEND_NAMES  # the same list on every machine: a saved workflow must load anywhere
+PRESET_CHOICES = ("auto", "off")
+PRESET_INPUTS = ("start_percent", "end_percent", "dense_blocks")  # what a preset may fill in
 WRAPPER_KEY = "sparge_attention"
 
 LIMITS = {
@@ -43,12 +46,17 @@ TOOLTIPS = {
     "attention on a CPU only. cuda needs an NVIDIA GPU (RTX 30 series, A100 or newer).",
     "policy": "A policy that sets the density by step and block.",
     "block_mask": "A fixed pattern instead of the selection.",
+    "preset": "auto: start_percent, end_percent and dense_blocks take what is published for the model, each where it is left at its default; in "
+    "runs of 8 steps or fewer at most the first step stays dense. off: everything as it is set here.",
 }
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The node's values, checked. `dense_blocks` holds (first, last) ranges, negative numbers counted from the end."""
+    """The node's values, checked. `dense_blocks` holds (first, last) ranges, negative numbers counted from the end.
+
+    preset : the row in force, or None; from_preset : the inputs whose values are the row's.
+    """
 
     topk: float = 0.5
     pvthreshd: float = 15.0
@@ -64,6 +72,8 @@ class Settings:
     backend: str = "auto"
     policy: object = None
     block_mask: object = None
+    preset: Preset | None = None
+    from_preset: tuple[str, ...] = ()
 
     def density(self, run, layer: int) -> _kernels.Density | None:
         """What block `layer` keeps at this point of `run`; None: dense. A policy's `topk(run, layer)` wins over the slider."""
@@ -80,8 +90,42 @@ class Settings:
 
     def shown(self) -> dict:
         """The plain values, for reports."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("policy", "block_mask")}
-        return plain | {"dense_blocks": ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in self.dense_blocks)}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("policy", "block_mask", "from_preset")}
+        return plain | {"dense_blocks": blocks_text(self.dense_blocks), "preset": self.preset.label if self.preset else "none"}
+
+    def with_preset(self, row: Preset) -> Settings:
+        """These settings with the row's values where they are at their defaults; the user's own win."""
+        default, given = Settings(), row_values(row)
+        taken = [name for name in PRESET_INPUTS if getattr(self, name) == getattr(default, name) != given[name]]
+        if "start_percent" in taken and given["start_percent"] >= self.end_percent:
+            taken.remove("start_percent")  # the user's end_percent would leave no window at all
+        return replace(self, preset=row, from_preset=tuple(taken), **{name: given[name] for name in taken})
+
+    def preset_line(self, few_steps: bool = False) -> str:
+        """The preset and the values in force: "preset Mochi 1: start_percent 0.24"; a value of the user's beside the preset's. Without one: ""."""
+        if self.preset is None:
+            return ""
+        given, parts = row_values(self.preset), []
+        for name in PRESET_INPUTS:
+            mine, rows = getattr(self, name), given[name]
+            if mine != getattr(Settings, name) or mine != rows:
+                few = f" ({reasons.FEW_STEPS})" if few_steps and name == "start_percent" else ""
+                parts.append(f"{name} {_told(mine)}{few}" + ("" if mine == rows else f" (yours; preset: {_told(rows)})"))
+        return f"preset {self.preset.label}: {', '.join(parts)}"
+
+
+def row_values(row: Preset) -> dict:
+    """What a preset decides, in the form of `Settings`."""
+    return {"start_percent": row.start_percent, "end_percent": row.end_percent, "dense_blocks": parse_blocks(row.dense_blocks)}
+
+
+def blocks_text(ranges: tuple[tuple[int, int], ...]) -> str:
+    """The inverse of `parse_blocks`."""
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+def _told(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else blocks_text(value) or "empty"
 
 
 def parse_blocks(text: str) -> tuple[tuple[int, int], ...]:
@@ -117,7 +161,7 @@ def check(values: dict) -> str | None:
     for name in ("compensate", "protect_references"):
         if not isinstance(values.get(name, False), bool):
             return f"{name} must be true or false, got {values[name]!r}; connect a boolean"
-    for name, choices in (("token_order", TOKEN_ORDERS), ("backend", BACKENDS)):
+    for name, choices in (("token_order", TOKEN_ORDERS), ("backend", BACKENDS), ("preset", PRESET_CHOICES)):
         if values.get(name) is not None and values[name] not in choices:
             return f"{name} must be one of {', '.join(choices)}, got {values[name]!r}"
     start, end = values.get("start_percent"), values.get("end_percent")
@@ -178,6 +222,8 @@ class SpargeAttention(io.ComfyNode):
                 io.Combo.Input("backend", options=list(BACKENDS), default="auto", tooltip=TOOLTIPS["backend"]),
                 io.Custom("SPARGE_POLICY").Input("policy", optional=True, tooltip=TOOLTIPS["policy"]),
                 io.Custom("SPARGE_BLOCK_MASK").Input("block_mask", optional=True, tooltip=TOOLTIPS["block_mask"]),
+                # Optional: prompts saved before it was there run as they did.
+                io.Combo.Input("preset", options=list(PRESET_CHOICES), default="auto", optional=True, tooltip=TOOLTIPS["preset"]),
             ],
             outputs=[io.Model.Output(display_name="model")],
             hidden=[io.Hidden.unique_id],
@@ -189,8 +235,8 @@ class SpargeAttention(io.ComfyNode):
         return check({"dense_blocks": dense_blocks}) or True
 
     @classmethod
-    def execute(cls, model, dense_blocks="", **values) -> io.NodeOutput:
-        absent = [name for name, value in values.items() if value is None and name not in ("policy", "block_mask")]
+    def execute(cls, model, dense_blocks="", preset="off", **values) -> io.NodeOutput:
+        absent = [name for name, value in (values | {"preset": preset}).items() if value is None and name not in ("policy", "block_mask")]
         if absent:
             raise ValueError(f"{absent[0]} must have a value, got None; set it on the node or connect it")
         for name, method in (("policy", "topk"), ("block_mask", "build")):
@@ -198,17 +244,30 @@ class SpargeAttention(io.ComfyNode):
                 raise ValueError(f"{name} must come from a node that makes one, got {values[name]!r}; connect such a node or leave it out")
         if not hasattr(model, "model_options"):
             raise ValueError(f"model must be a ComfyUI model, got {model!r}; connect a loader's MODEL output")
-        wrong = check(values | {"dense_blocks": dense_blocks})
+        wrong = check(values | {"dense_blocks": dense_blocks, "preset": preset})
         if wrong is not None:
             raise ValueError(wrong)
         settings = Settings(dense_blocks=parse_blocks(dense_blocks), **values)
+        row = preset_for(_comfy.diffusion_model(model.model))
+        if row is not None and preset == "auto":
+            settings = settings.with_preset(row)
         node = cls.hidden.unique_id if cls.hidden is not None else None
-        _comfy.show_text(node, describe(settings, getattr(model.load_device, "type", "cpu")))
+        _comfy.show_text(node, describe(settings, getattr(model.load_device, "type", "cpu"), row))
         return io.NodeOutput(install(model, settings, node))
 
 
-def describe(settings: Settings, device_type: str) -> str:
-    """What the node says before the first run: the backend, and what it cannot profit from."""
+def describe(settings: Settings, device_type: str, row: Preset | None = None) -> str:
+    """What the node says before the first run: the backend, what it cannot profit from, and the preset in force or on offer."""
+    return "; ".join(part for part in (_backend_line(settings, device_type), settings.preset_line() or _offer(settings, row)) if part)
+
+
+def _offer(settings: Settings, row: Preset | None) -> str:
+    if row is None or all(getattr(settings, name) == value for name, value in row_values(row).items()):
+        return ""
+    return f"{Settings().with_preset(row).preset_line().replace('preset', 'preset for', 1)} (choose auto)"
+
+
+def _backend_line(settings: Settings, device_type: str) -> str:
     backend, why = _kernels.backend_for(device_type, settings.backend)
     if backend is None:
         return f"stays dense on this device: {why}"

@@ -8,11 +8,15 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from collections.abc import Callable
 
-from . import _comfy, _kernels, geometry, reasons, telemetry, transport
+from . import _comfy, _kernels, geometry, presets, reasons, telemetry, transport
 
 logger = logging.getLogger("sparge_attention")
 _numbers = itertools.count(1)
+
+SAME = 1 + 1e-5
+"""Sigmas this close are one: schedules are float32, percentages of them are not, and a step may begin just where the window does."""
 
 
 class Patch:
@@ -93,6 +97,11 @@ class RunState:
         self.sigma = sigmas[0] if sigmas else 0.0
         self.sigmas = sigmas
         self.start_sigma = _comfy.percent_to_sigma(patcher, self.settings.start_percent)
+        self.few_steps = False
+        if "start_percent" in self.settings.from_preset:
+            latest = few_steps_sigma(sigmas, lambda percent: _comfy.percent_to_sigma(patcher, percent))
+            self.few_steps = latest is not None and any(self.start_sigma * SAME < sigma < latest for sigma in sigmas[:-1])
+            self.start_sigma = latest if self.few_steps else self.start_sigma
         # To the end means to the end: a rising schedule has model calls at sigma 0, which no percentage of a falling one is below.
         self.end_sigma = _comfy.percent_to_sigma(patcher, self.settings.end_percent) if self.settings.end_percent < 1 else -math.inf
         model = _comfy.diffusion_model(patcher.model)
@@ -105,7 +114,7 @@ class RunState:
                 "family": self.family.name if self.family else None,
                 "backend": _kernels.backend_for(getattr(device, "type", "cpu"), self.settings.backend)[0],
                 "device": str(device),
-                "settings": self.settings.shown(),
+                "settings": self.settings.shown() | ({"preset": f"{self.settings.preset.label} ({reasons.FEW_STEPS})"} if self.few_steps else {}),
             },
         )  # fmt: skip
         self.telemetry.total_layers = patch.total_layers or 0
@@ -120,7 +129,7 @@ class RunState:
         return min(1.0, self.step / self.steps)
 
     def in_window(self) -> bool:
-        return self.end_sigma < self.sigma <= self.start_sigma
+        return self.end_sigma * SAME < self.sigma <= self.start_sigma * SAME
 
     def at(self, sigma) -> None:
         """A model call at `sigma` (number, or tensor with a value per batch element): the last step that starts at it or above."""
@@ -152,7 +161,7 @@ class RunState:
             self.telemetry.finished = self.telemetry.steps
         telemetry.runs.add(self.telemetry)
         transport.publish(self.telemetry)
-        summary = self.telemetry.summary()
+        summary = "; ".join(part for part in (self.telemetry.summary(), self.settings.preset_line(self.few_steps)) if part)
         logger.info("Sparge Attention, run %d: %s", self.telemetry.number, summary)
         _comfy.show_text(self.patch.node, summary)
         if failure is not None and sampled:  # else the sampler's own error is on its way, and is the one to see
@@ -193,6 +202,32 @@ class CallContext:
             patch = self.run.patch
             patch.total_layers = self.layers if patch.total_layers is None else max(patch.total_layers, self.layers)
             self.run.telemetry.total_layers = patch.total_layers
+
+
+def few_steps_sigma(sigmas: list[float], percent_to_sigma: Callable[[float], float]) -> float | None:
+    """The sigma from which a few-step run is sparse at the latest: past its schedule's first step. None for longer schedules.
+
+    A run may be a part of its schedule (the samplers of a two-stage workflow, denoise below 1): 5 steps over a quarter of it are a part of 20, and
+    only the part that begins the schedule has its first step. Schedules whose steps are no even shares of it are judged by the part that is seen.
+    """
+    called = sorted(sigmas[:-1], reverse=True)
+    if not called:
+        return None
+
+    def share(sigma: float) -> float:  # the inverse of percent_to_sigma, which falls
+        low, high = 0.0, 1.0
+        for _ in range(20):
+            middle = (low + high) / 2
+            low, high = (middle, high) if percent_to_sigma(middle) > sigma else (low, middle)
+        return (low + high) / 2
+
+    before, covered = share(max(sigmas)), share(min(sigmas)) - share(max(sigmas))
+    steps = round(len(called) / max(covered, 1e-6))
+    if steps > presets.FEW_STEPS:
+        return None
+    dense = 1 if steps > 1 and before * steps < 0.5 else 0
+    # Above the sigma of the first step that is to be sparse, by as little as samplers move the first and last ones.
+    return called[dense] + 1e-3 * called[0] if dense < len(called) else 0.0
 
 
 def leads_to(override, ours) -> bool:

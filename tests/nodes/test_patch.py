@@ -34,6 +34,7 @@ SPARGE_ATTENTION = [
     ("required", "backend", "COMBO", {"default": "auto", "options": ["auto", "torch", "cuda"], "multiselect": False}),
     ("optional", "policy", "SPARGE_POLICY", {}),
     ("optional", "block_mask", "SPARGE_BLOCK_MASK", {}),
+    ("optional", "preset", "COMBO", {"default": "auto", "options": ["auto", "off"], "multiselect": False}),
 ]
 SPARGE_MONITOR = [("required", "model", "MODEL", {}), ("required", "measure_dense", "BOOLEAN", {"default": True})]
 SPARGE_REPORT = [("required", "model", "MODEL", {}), ("required", "data", "LATENT,IMAGE", {})]
@@ -77,10 +78,11 @@ def test_defaults_of_the_node_and_of_settings_agree(nodes):
     defaults = {name: options["default"] for _, name, _, options in SPARGE_ATTENTION if "default" in options}
     settings = nodes.patch.Settings()
     for name, value in defaults.items():
-        if name != "dense_blocks":
+        if name not in ("dense_blocks", "preset"):
             assert getattr(settings, name) == value, name
     assert settings.dense_blocks == nodes.patch.parse_blocks(defaults["dense_blocks"]) == ()
     assert nodes.patch.check(defaults) is None and settings.policy is None and settings.block_mask is None
+    assert defaults["preset"] == "auto" and settings.preset is None  # without the input, as in prompts older than it, there is none
 
 
 def test_every_input_has_a_tooltip(nodes):
@@ -121,6 +123,7 @@ BAD = {
     "cdf": ("cdfthreshd", 1.5, "0 to 1"),
     "order": ("token_order", "spiral", "auto, row_major, tiles, hilbert"),
     "backend": ("backend", "cuda13", "auto, torch, cuda"),
+    "preset": ("preset", "Wan", "auto, off"),
     "blocks-word": ("dense_blocks", "first", "'0, 3-5, -1'"),
     "blocks-float": ("dense_blocks", "1.5", "'0, 3-5, -1'"),
     "blocks-backwards": ("dense_blocks", "0, 5-3", "'0, 3-5, -1'"),
@@ -138,7 +141,7 @@ def test_bad_values(nodes, tiny, name):
         assert node.validate_inputs(dense_blocks=value) == said
     shown = repr("5-3") if name == "blocks-backwards" else repr(value)
     assert said.startswith(f"{argument} must ") and rule in said and f"got {shown}" in said, said
-    if argument not in ("token_order", "backend"):  # there the list of choices is the remedy
+    if argument not in ("token_order", "backend", "preset"):  # there the list of choices is the remedy
         assert ";" in said and len(said.split(";")[1].strip()) > 5, said
     with pytest.raises(ValueError) as error:  # the same over a link, where validate_inputs sees nothing
         node.execute(tiny("wan_t2v").patcher, **{argument: value})
@@ -168,7 +171,9 @@ def test_linked_values_are_not_there_yet(nodes):
 
 
 @pytest.mark.parametrize(
-    ("argument", "value"), [("token_order", None), ("backend", None), ("topk", None), ("policy", "x"), ("block_mask", "x")], ids=lambda v: str(v)
+    ("argument", "value"),
+    [("token_order", None), ("backend", None), ("topk", None), ("preset", None), ("policy", "x"), ("block_mask", "x")],
+    ids=lambda v: str(v),
 )
 def test_nulls_and_foreign_objects_fail_at_the_node(nodes, tiny, argument, value):
     with pytest.raises(ValueError, match=f"{argument} must .*got {value!r}; "):
@@ -206,10 +211,10 @@ def test_the_node_as_comfyui_runs_it(nodes, tiny):
     """Every widget value by name, as a prompt has them."""
     model = tiny("wan_t2v")
     values = {name: options["default"] for _, name, _, options in SPARGE_ATTENTION if "default" in options}
-    values |= dict(topk=0.3, min_tokens=0, dense_blocks="0", token_order="tiles", backend="torch", end_percent=0.9, cdfthreshd=0.2)
+    values |= dict(topk=0.3, min_tokens=0, dense_blocks="0", token_order="tiles", backend="torch", end_percent=0.9, cdfthreshd=0.2, preset="off")
     (patcher,) = nodes.patch.SpargeAttention.execute(model.patcher, **values).args
     (patch,) = nodes.patch.patches_of(patcher)
-    assert patch.settings.shown() == values
+    assert patch.settings.shown() == values | {"preset": "none"}
     assert patcher is not model.patcher and nodes.patch.patches_of(model.patcher) == []
     comfy_models.sample(model, patcher)
     assert nodes.telemetry.runs.closed[-1].to_dict()["reasons"]["block is listed in dense_blocks"] == 2
@@ -223,6 +228,9 @@ def test_without_a_hidden_id(nodes, tiny):
     assert patch.node is None and patch.settings == nodes.patch.Settings(topk=0.3)
 
 
+OFFER = "preset for Wan 2.1 / 2.2 t2v: start_percent 0.24, dense_blocks 0 (choose auto)"
+
+
 def test_text_on_the_node(nodes, tiny, monkeypatch):
     """With an id and a server, the node shows its backend, and after each run what happened."""
     said = []
@@ -231,7 +239,7 @@ def test_text_on_the_node(nodes, tiny, monkeypatch):
     monkeypatch.setattr(nodes.patch.SpargeAttention, "hidden", SimpleNamespace(unique_id="12"), raising=False)
     model = tiny("wan_t2v")
     (patcher,) = nodes.patch.SpargeAttention.execute(model.patcher, topk=0.3, min_tokens=0).args
-    assert said == [("12", nodes.patch.describe(nodes.patch.Settings(topk=0.3), "cpu"))]
+    assert said == [("12", f"{nodes.patch.describe(nodes.patch.Settings(topk=0.3), 'cpu')}; {OFFER}")]
     comfy_models.sample(model, patcher)
     node, text = said[-1]
     assert len(said) == 2 and node == "12" and text.startswith("4 calls sparse, density 0.25") and "4 x cross-attention to 7 tokens" in text

@@ -208,6 +208,7 @@ def test_facts_of_a_run(nodes, tiny, patched, last_run):
     assert run["settings"] == {
         "topk": 0.3, "pvthreshd": 15.0, "start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "5-6, -9", "min_tokens": 0, "simthreshd1": -0.1,
         "cdfthreshd": 0.0, "token_order": "auto", "compensate": False, "protect_references": False, "backend": "auto",
+        "preset": "none",
     }  # fmt: skip
     assert (run["heads"], run["tokens"]) == (2, 256)
 
