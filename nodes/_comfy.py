@@ -8,13 +8,15 @@ import sys
 
 import comfy.model_management
 import comfy.patcher_extension
+import comfyui_version
 import folder_paths
+from comfy.ldm.modules import attention
 from comfy_api.latest import ComfyExtension, io, ui
 
 __all__ = ["ComfyExtension", "io", "ui"]
 
 KEY = "optimized_attention_override"
-"""The entry of transformer_options that ComfyUI calls for every attention call (since 0.3.59)."""
+"""The entry of transformer_options that ComfyUI calls for every attention call, since 0.3.60."""
 
 MONITORS = "sparge_monitors"
 """The entry of transformer_options that names the monitors of a model."""
@@ -42,6 +44,8 @@ def attention_override(model):
 
 
 def set_attention_override(model, override) -> None:
+    if not hasattr(attention, "wrap_attn"):
+        raise RuntimeError(f"ComfyUI must be 0.3.60 or newer, got {comfyui_version.__version__}; update it: older ones ask no node about attention")
     model.model_options.setdefault("transformer_options", {})[KEY] = override
 
 
