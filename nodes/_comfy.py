@@ -69,6 +69,14 @@ def monitors_of(model) -> dict[str, bool]:
     return dict(model.model_options.get("transformer_options", {}).get(MONITORS, {}))
 
 
+def mark_advanced(inputs: list, names: tuple[str, ...]) -> list:
+    """Marks the inputs that few need: since 0.10 front ends show those on demand. Before, inputs know no such mark and all are shown."""
+    for one in inputs:
+        if one.id in names and hasattr(one, "advanced"):
+            one.advanced = True
+    return inputs
+
+
 def prompt_server():
     """The running server, or None (scripts, tests). Its module is not imported for this: whoever runs the server has done that."""
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)

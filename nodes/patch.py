@@ -18,6 +18,8 @@ PRESET_CHOICES = ("auto", "off")
 PRESET_INPUTS = ("start_percent", "end_percent", "dense_blocks")  # what a preset may fill in
 WRAPPER_KEY = "sparge_attention"
 
+RARELY_CHANGED = ("pvthreshd", "simthreshd1", "cdfthreshd", "token_order", "compensate", "protect_references", "backend")
+
 LIMITS = {
     "topk": (0.05, 1.0, "use 1 for dense attention, 0.5 to keep half of the blocks"),
     "pvthreshd": (1.0, 50.0, "15 is a good start, 50 is off in practice"),
@@ -206,7 +208,7 @@ class SpargeAttention(io.ComfyNode):
             category="model_patches/sparge",
             description="Speeds up sampling: the model attends only to the blocks of tokens that matter, chosen anew in every call. Put it between "
             "the loader (and LoRAs) and the sampler. It says after each run what it skipped and why anything stayed dense.",
-            inputs=[
+            inputs=_comfy.mark_advanced([
                 io.Model.Input("model", tooltip=TOOLTIPS["model"]),
                 io.Float.Input("topk", default=0.5, min=0.05, max=1.0, step=0.01, display_mode=slider, tooltip=TOOLTIPS["topk"]),
                 io.Float.Input("pvthreshd", default=15.0, min=1.0, max=50.0, step=0.5, display_mode=slider, tooltip=TOOLTIPS["pvthreshd"]),
@@ -224,7 +226,7 @@ class SpargeAttention(io.ComfyNode):
                 io.Custom("SPARGE_BLOCK_MASK").Input("block_mask", optional=True, tooltip=TOOLTIPS["block_mask"]),
                 # Optional: prompts saved before it was there run as they did.
                 io.Combo.Input("preset", options=list(PRESET_CHOICES), default="auto", optional=True, tooltip=TOOLTIPS["preset"]),
-            ],
+            ], RARELY_CHANGED),
             outputs=[io.Model.Output(display_name="model")],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip

@@ -201,3 +201,21 @@ def test_the_callbacks_and_wrappers_that_the_pack_uses_exist(nodes):
     for kind in ("OUTER_SAMPLE", "APPLY_MODEL"):
         assert isinstance(getattr(nodes._comfy.WRAPPERS, kind), str)
     assert issubclass(nodes._comfy.Interrupted, BaseException)
+
+
+# The schema.
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["since 0.10", "before"])
+def test_rarely_changed_inputs_are_marked_where_the_schema_knows_the_mark(nodes, known):
+    inputs = [SimpleNamespace(id=name, **({"advanced": None} if known else {})) for name in ("topk", "backend")]
+    assert nodes._comfy.mark_advanced(inputs, ("backend",)) is inputs
+    assert [vars(one).get("advanced", "absent") for one in inputs] == ([None, True] if known else ["absent", "absent"])
+
+
+def test_marked_inputs_of_sparge_attention(nodes):
+    """On the tree at hand: the mark reaches the browser, or nothing changes."""
+    given = nodes.patch.SpargeAttention.INPUT_TYPES()
+    marked = [name for group in ("required", "optional") for name, (_, options) in given[group].items() if options.get("advanced")]
+    known = hasattr(nodes._comfy.io.Int.Input("n"), "advanced")
+    assert marked == (list(nodes.patch.RARELY_CHANGED) if known else [])

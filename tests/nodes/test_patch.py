@@ -45,7 +45,7 @@ def table_of(node) -> list:
     rows = []
     for group in ("required", "optional"):
         for name, (kind, *options) in given.get(group, {}).items():
-            options = {key: getattr(value, "value", value) for key, value in (options or [{}])[0].items() if key != "tooltip"}
+            options = {key: getattr(value, "value", value) for key, value in (options or [{}])[0].items() if key not in ("tooltip", "advanced")}
             rows.append((group, name, kind, options))
     return rows
 
