@@ -103,6 +103,14 @@ def files_below(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="session")
+def tree():
+    """The ComfyUI tree in use, where .venv has its packages."""
+    if not (install.comfyui_tree() / "main.py").is_file() or not install.venv_python().is_file():
+        missing("a ComfyUI tree or .venv")
+    return install.comfyui_tree()
+
+
+@pytest.fixture(scope="session")
 def new_home(tmp_path_factory):
     return lambda: Home(tmp_path_factory.mktemp("user"))
 
