@@ -113,12 +113,13 @@ _MOCHI = dict(image_model="mochi_preview", depth=2, patch_size=2, num_heads=2, h
               t5_feat_dim=64, t5_token_length=256, rope_theta=10000.0)
 _HUNYUAN = dict(image_model="hunyuan_video", in_channels=16, patch_size=[1, 2, 2], out_channels=16, vec_in_dim=64, axes_dim=_AXES,
                 meanflow=False, context_in_dim=64, hidden_size=128, mlp_ratio=2.0, num_heads=2, depth=2, depth_single_blocks=3, theta=256,
-                qkv_bias=True, byt5=False, guidance_embed=True, use_cond_type_embedding=False, vision_in_dim=None)
-_HUNYUAN_NEWER = ("comfy.ldm.hunyuan_video.model:HunyuanVideoParams", dict(meanflow_sum=False))
+                qkv_bias=True, byt5=False, guidance_embed=True)
+_HUNYUAN_NEWER = ("comfy.ldm.hunyuan_video.model:HunyuanVideoParams",
+                  dict(use_cond_type_embedding=False, vision_in_dim=None, meanflow_sum=False))
 _WAN = dict(image_model="wan2.1", dim=128, in_dim=16, out_dim=16, num_heads=2, ffn_dim=128, num_layers=2, patch_size=(1, 2, 2), freq_dim=64,
             text_dim=64, window_size=(-1, -1), qk_norm=True, cross_attn_norm=True, eps=1e-6, model_type="t2v")
 _LUMINA = dict(image_model="lumina2", patch_size=2, in_channels=16, dim=256, cap_feat_dim=64, n_layers=2, n_refiner_layers=2, qk_norm=True,
-               n_heads=4, n_kv_heads=2, axes_dims=_AXES, axes_lens=[300, 512, 512], rope_theta=10000.0, ffn_dim_multiplier=1.0)
+               n_heads=4, n_kv_heads=2, axes_dims=_AXES, axes_lens=[300, 512, 512], ffn_dim_multiplier=1.0)
 _UNET = dict(use_checkpoint=False, image_size=32, use_spatial_transformer=True, legacy=False, in_channels=4, out_channels=4,
              transformer_depth_middle=1, context_dim=64, use_temporal_resblock=False, use_temporal_attention=False)
 _COSMOS = dict(max_img_h=240, max_img_w=240, max_frames=128, in_channels=16, out_channels=16, patch_spatial=2, patch_temporal=1,
@@ -179,7 +180,8 @@ _TABLE: dict[str, _Family] = {
                                          num_heads=2, num_head_channels=-1),
                     (1, 4, 33, 35), 64, prompt=77, layout=("grid",), patch=(1, 1, 1), layers=3, cfg=5.0),
     "qwen_image": _Family("QwenImage", _QWEN, (1, 16, 1, 67, 73), 64, layers=("num_layers",), cfg=4.0),
-    "lumina2": _Family("Lumina2", _LUMINA, _IMAGE, 64, layers=("n_layers",), cfg=4.0),
+    "lumina2": _Family("Lumina2", _LUMINA, _IMAGE, 64, layers=("n_layers",), cfg=4.0,
+                       optional=("comfy.ldm.lumina.model:NextDiT", dict(rope_theta=10000.0))),
     # Text and image are each padded to a multiple of 32.
     "z_image": _Family("ZImage", _LUMINA | dict(n_kv_heads=4, rope_theta=256.0, z_image_modulation=True, time_scale=1000.0,
                                                 pad_tokens_multiple=32),
@@ -305,7 +307,7 @@ def _entries(family: _Family) -> dict:
     path, optional = family.optional
     module, _, name = path.partition(":")
     taken = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-    return family.config | {key: value for key, value in optional.items() if key in taken}
+    return {key: value for key, value in optional.items() if key in taken} | family.config
 
 
 def _segments(family: _Family, diffusion_model) -> tuple:
