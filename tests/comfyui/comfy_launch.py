@@ -46,6 +46,7 @@ if __name__ == "__main__":
     main = Path(sys.argv[1]).resolve()
     declare_torchvision_ops()
     sys.argv = sys.argv[1:]
+    sys.path.append(sys.path[0])  # behind everything else: the fixture pack's tiny models come from here
     sys.path[0] = str(main.parent)
     os.chdir(main.parent)
     runpy.run_path(str(main), run_name="__main__")

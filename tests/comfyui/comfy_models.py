@@ -369,6 +369,17 @@ def _conditioning(family: _Family, seed: int) -> list:
     return [[draw(1, family.embedded or family.prompt, family.channels), options]]
 
 
+def conditioning(name: str, seed: int) -> list:
+    """A CONDITIONING list of the family, as another prompt would give it."""
+    return _conditioning(_TABLE[name], seed)
+
+
+def latent_kind(name: str) -> tuple[int, bool]:
+    """Channels of the family's latent, and whether it is a video's."""
+    shape = _TABLE[name].latent
+    return shape[1], len(shape) == 5 and shape[2] > 1
+
+
 def sample(
     model: TinyModel,
     patcher=None,

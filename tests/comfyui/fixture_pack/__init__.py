@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from .picture import decode
+from .tiny import LOADERS
 
 CATEGORY = "sparge test fixtures"
 
@@ -88,7 +89,7 @@ class SpargeDemoRecord:
         return {"ui": {"record": [file]}}
 
 
-NODE_CLASS_MAPPINGS = {node.__name__: node for node in (SpargeDemoConditioning, SpargeDemoDecode, SpargeDemoRecord)}
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in (SpargeDemoConditioning, SpargeDemoDecode, SpargeDemoRecord, *LOADERS)}
 NODE_DISPLAY_NAME_MAPPINGS = {
     "SpargeDemoConditioning": "Demo Conditioning (test fixture)",
     "SpargeDemoDecode": "Demo Decode (test fixture)",

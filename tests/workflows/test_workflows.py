@@ -1,0 +1,251 @@
+"""Every file in workflows/: what it holds, that it opens in the real front end, that the server takes it, and that a small twin samples sparse."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import build_workflows
+import canvas
+import chromium
+import comfy_server
+import graph
+import install
+import pytest
+import requests
+import thumbnails
+import twins
+from PIL import Image
+from test_browser import missing
+
+NAMES = sorted(path.stem for path in build_workflows.FOLDER.glob("*.json"))
+OURS = {"SpargeAttention", "SpargeMonitor", "SpargeReport"}
+DIRECTORIES = {"diffusion_models", "checkpoints", "text_encoders", "vae", "clip_vision"}
+HUB_FILE = re.compile(r"https://huggingface\.co/[\w.-]+/[\w.-]+/resolve/main/[\w./-]+")
+
+
+def load(name: str) -> dict:
+    return json.loads((build_workflows.FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def of_kind(workflow: dict, kind: str) -> list[dict]:
+    return [node for node in workflow["nodes"] if node["type"] == kind]
+
+
+def widgets(node: dict) -> dict:
+    """A node's values by name; the control behind a seed has none."""
+    names = []
+    for entry in graph.NODES[node["type"]][0].split():
+        if "=" in entry:
+            names += [entry.partition("=")[0]] + ["control"] * entry.endswith("*")
+    return dict(zip(names, node["widgets_values"], strict=True))
+
+
+def test_every_model_has_its_workflow():
+    assert sorted(build_workflows.WORKFLOWS) == NAMES == sorted(twins.MODELS)
+    assert len(NAMES) == 12
+    assert {path.suffix for path in build_workflows.FOLDER.iterdir()} == {".json", ".jpg"}, "ComfyUI lists every file here as a template"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_file_is_what_the_builder_writes(name):
+    text = (build_workflows.FOLDER / f"{name}.json").read_text(encoding="utf-8")
+    assert text == graph.text_of(build_workflows.build(name)), "run tests/workflows/build_workflows.py"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_join_what_they_say(name):
+    workflow = load(name)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    links = {link[0]: link for link in workflow["links"]}
+    assert len(nodes) == len(workflow["nodes"]) and max(nodes) == workflow["last_node_id"]
+    assert len(links) == len(workflow["links"]) and max(links) == workflow["last_link_id"]
+    assert "definitions" not in workflow, "subgraphs do not load everywhere"
+    for number, source, source_slot, target, target_slot, kind in links.values():
+        output, given = nodes[source]["outputs"][source_slot], nodes[target]["inputs"][target_slot]
+        assert number in output["links"] and given["link"] == number
+        assert output["type"] == kind and kind in given["type"].split(",")
+        assert nodes[source]["order"] < nodes[target]["order"]
+    assert sorted(links) == sorted(number for node in nodes.values() for output in node["outputs"] for number in output["links"])
+    assert sorted(links) == sorted(given["link"] for node in nodes.values() for given in node["inputs"] if given["link"] is not None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_is_patched_watched_and_reported(name):
+    workflow = load(name)
+    links = {link[0]: link for link in workflow["links"]}
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+
+    def behind(node: dict, given: str = "model") -> dict:
+        return nodes[links[next(entry["link"] for entry in node["inputs"] if entry["name"] == given)][1]]
+
+    kinds = {"KSampler", "KSamplerAdvanced", "SamplerCustom", "BasicGuider", "CFGGuider"}
+    sampled = [node for node in workflow["nodes"] if node["type"] in kinds]
+    reports = of_kind(workflow, "SpargeReport")
+    experts = 2 if "wan2_2" in name else 1
+    assert len(sampled) == len(reports) == len(of_kind(workflow, "SpargeAttention")) == len(of_kind(workflow, "SpargeMonitor")) == experts
+    monitors = [behind(node) for node in sampled]
+    assert [node["type"] for node in monitors] == ["SpargeMonitor"] * experts
+    assert len({node["id"] for node in monitors}) == experts
+    assert [behind(node)["type"] for node in monitors] == ["SpargeAttention"] * experts
+    assert [behind(node)["id"] for node in reports] == [node["id"] for node in monitors]
+    loaders = {behind(behind(node))["type"] for node in monitors}
+    assert loaders <= {"UNETLoader", "CheckpointLoaderSimple", "ModelSamplingSD3", "ModelSamplingAuraFlow"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_are_those_of_the_preset_table(name):
+    row = build_workflows.PRESETS[build_workflows.WORKFLOWS[name][0]]
+    workflow = load(name)
+    for node in of_kind(workflow, "SpargeAttention"):
+        values = widgets(node)
+        assert (values["topk"], values["start_percent"], values["end_percent"], values["dense_blocks"], values["preset"]) == (
+            row.topk, row.start_percent, row.end_percent, row.dense_blocks, "auto")  # fmt: skip
+    note = of_kind(workflow, "MarkdownNote")[0]["widgets_values"][0]
+    assert row.source in note and f"topk {row.topk:g}" in note and f"start_percent {row.start_percent:g}" in note
+    assert "not yet measured on a GPU" in note and "## Try next" in note
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_say_where_they_come_from(name):
+    workflow = load(name)
+    note = of_kind(workflow, "MarkdownNote")[0]["widgets_values"][0]
+    for node in workflow["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        properties = node["properties"]
+        assert properties["Node name for S&R"] == node["type"]
+        assert (properties["cnr_id"], properties["ver"]) == (graph.OURS if node["type"] in OURS else graph.CORE)
+        files = [value for value in node["widgets_values"] if isinstance(value, str) and value.endswith(".safetensors")]
+        models = properties.get("models", [])
+        assert [model["name"] for model in models] == files, "a file without an entry is not offered for download"
+        for model in models:
+            assert set(model) == {"name", "url", "directory"} and model["directory"] in DIRECTORIES
+            assert HUB_FILE.fullmatch(model["url"]) and model["url"].endswith(f"/{model['name']}")
+            assert model["url"] in note
+    assert not re.search(r"/home/|/root/|/tmp/|/work/|[A-Z]:\\\\", json.dumps(workflow))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_thumbnail_is_small_and_shows_something(name):
+    path = build_workflows.FOLDER / f"{name}.jpg"
+    assert path.stat().st_size <= thumbnails.MOST_BYTES
+    with Image.open(path) as picture:
+        assert picture.format == "JPEG" and picture.width == thumbnails.WIDTH and picture.height >= 200
+        assert len(picture.convert("P").getcolors()) > 20, "one colour: nothing was drawn"
+
+
+@pytest.fixture(scope="module")
+def desk():
+    """The front end in canvas mode and the server behind it, which has no model files at first."""
+    program = chromium.find()
+    if program is None:
+        missing("Chromium")
+    if not (install.comfyui_tree() / "main.py").is_file():
+        missing("a ComfyUI tree")
+    with comfy_server.ComfyServer() as server, chromium.Chromium(program) as browser:
+        made = canvas.Canvas(browser, server, "canvas")
+        made.set(VueNodes_Enabled=False, Locale="en", ColorPalette="dark")
+        made.open()
+        yield made
+        made.page.close()
+
+
+def test_missing_files_are_offered_for_download(desk):
+    """First of those that need the front end: later ones have stand-ins for all files."""
+    workflow = load("sparge_flux_dev")
+    desk.drop(workflow)
+    names = [model["name"] for node in workflow["nodes"] for model in node["properties"].get("models", [])]
+    assert len(names) == 4
+    texts = "[...document.querySelectorAll('[role=dialog]')].map((dialog) => dialog.textContent).join()"
+    named = f"{json.dumps(names)}.every((name) => {texts}.includes(name)) && {texts}.split('Download').length > {len(names)}"
+    # Newer front ends count them in a corner of the page.
+    desk.page.wait_for(f"({named}) || document.body.innerText.includes('{len(names)} errors found')")
+
+
+@pytest.fixture(scope="module")
+def stocked(desk):
+    """The desk once every model file and the example picture are there, as empty stand-ins."""
+    canvas.stock(desk.server)
+    desk.open()
+    return desk
+
+
+@pytest.fixture(scope="module")
+def prompts(stocked):
+    """Name -> the API prompt that the front end makes of the file; made when first asked for."""
+    made = {}
+
+    def prompt(name: str) -> dict:
+        if name not in made:
+            boxes = stocked.drop(load(name))
+            made[name] = boxes, stocked.prompt()
+        return made[name]
+
+    return prompt
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_opens_in_the_front_end(stocked, prompts, name):
+    workflow = load(name)
+    boxes, prompt = prompts(name)
+    assert sorted(box["type"] for box in boxes) == sorted(node["type"] for node in workflow["nodes"])
+    assert [box for box in boxes if not box["known"] or box["broken"]] == []
+    assert [f"{a['title']} and {b['title']}" for i, a in enumerate(boxes) for b in boxes[i + 1 :] if overlap(a, b)] == []
+    kinds = [node["type"] for node in workflow["nodes"] if node["type"] != "MarkdownNote"]
+    assert sorted(node["class_type"] for node in prompt.values()) == sorted(kinds)
+    for node in workflow["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        given = prompt[str(node["id"])]["inputs"]
+        expected = {key: value for key, value in widgets(node).items() if key not in ("control", "upload")}
+        assert {key: given.get(key) for key in expected} == expected, node["type"]
+        linked = {entry["name"] for entry in node["inputs"] if entry["link"] is not None}
+        assert linked == {key for key, value in given.items() if isinstance(value, list)}
+    assert [text for text in stocked.ours() if "api.comfy.org" not in text] == []  # the front end asks the registry about every pack
+
+
+def overlap(a: dict, b: dict) -> bool:
+    return a["x"] < b["x"] + b["width"] and b["x"] < a["x"] + a["width"] and a["y"] < b["y"] + b["height"] and b["y"] < a["y"] + a["height"]
+
+
+def send(server: comfy_server.ComfyServer, prompt: dict) -> requests.Response:
+    """Validates and queues a prompt, and empties the queue: empty stand-ins cannot be loaded."""
+    answer = requests.post(server.url + "/prompt", json={"prompt": prompt}, timeout=60)
+    requests.post(server.url + "/queue", json={"clear": True}, timeout=60)
+    requests.post(server.url + "/interrupt", timeout=60)
+    return answer
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_server_takes_it(stocked, prompts, name):
+    answer = send(stocked.server, prompts(name)[1])
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["node_errors"] == {}
+
+
+def test_the_server_refuses_a_prompt_without_its_file(stocked, prompts):
+    """The test above can fail: stand-ins alone make it pass."""
+    stocked.server.model_path("ae.safetensors", "vae").unlink()
+    answer = send(stocked.server, prompts("sparge_flux_dev")[1])
+    stocked.server.model_path("ae.safetensors", "vae").touch()
+    assert answer.status_code == 400 and "ae.safetensors" in answer.text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_small_twin_samples_sparse(stocked, prompts, name):
+    prompt = twins.twin(name, prompts(name)[1])
+    entry = stocked.server.queue(prompt, timeout=120)
+    row = build_workflows.PRESETS[build_workflows.WORKFLOWS[name][0]]
+    reports = [number for number, node in prompt.items() if node["class_type"] == "SpargeReport"]
+    for number in reports:
+        file = next(file for file in entry["outputs"][number]["sparge_files"] if file["filename"].endswith(".json"))
+        runs = json.loads((stocked.server.output / file["subfolder"] / file["filename"]).read_text(encoding="utf-8"))["runs"]
+        assert len(runs) == 1, "one run for each model"
+        assert runs[0]["totals"]["sparse_calls"] > 0, runs[0]
+        settings = runs[0]["settings"]
+        assert (settings["topk"], settings["start_percent"], settings["dense_blocks"]) == (row.topk, row.start_percent, row.dense_blocks)
+    saved = [number for number, node in prompt.items() if node["class_type"] in ("SaveVideo", "SaveImage")]
+    assert len(saved) == 1
+    picture = entry["outputs"][saved[0]]["images"][0]
+    assert (stocked.server.output / picture["subfolder"] / picture["filename"]).stat().st_size > 1000
