@@ -2,12 +2,13 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: help setup test demo serve bench bench-torch bench-monitor clean
+.PHONY: help setup test test-install demo serve bench bench-torch bench-monitor clean
 
 help:
 	@echo "make demo         sample a tiny video model dense and sparse in a real ComfyUI, print the comparison, save the pictures"
 	@echo "make serve        the same server left open in the browser, with the workflow loaded"
 	@echo "make test         every test and the linter"
+	@echo "make test-install  the pack through comfy-cli and ComfyUI-Manager, which are installed from PyPI for that"
 	@echo "make bench        the cuda backend on this NVIDIA GPU: checked, then timed against PyTorch and every installed peer; SHORT=1 takes a minute,"
 	@echo "                  ACTIVATIONS=file.safetensors times the q, k, v in a file; without a GPU: what a call costs on the host"
 	@echo "make bench-torch  the torch backend against PyTorch's dense attention on this CPU"
@@ -22,6 +23,9 @@ test: setup
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m pytest
+
+test-install: setup
+	@$(RUN) -m pytest -m tools tests/install
 
 demo: setup
 	@$(RUN) tests/comfyui/demo.py

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
 import shutil
 import subprocess
 import sys
@@ -12,94 +10,7 @@ from pathlib import Path
 
 import install
 import pytest
-
-ROOT = install.ROOT
-HIDDEN = (
-    "sparge",
-    "__editable__",
-    "imageio",
-    "pip",
-    "setuptools",
-    "pkg_resources",
-    "_distutils_hack",
-    "distutils-precedence",
-    "wheel",
-    "__pycache__",
-)
-FROM_OUTSIDE = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "COMFYUI_PATH", "SPARGE_CACHE_DIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME")
-
-
-def missing(what: str) -> None:
-    """Skips for want of a tool; under CI=true that is a failure, so that nothing is skipped unseen."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"{what} is missing, and with CI=true a missing tool is a failure")
-    pytest.skip(f"{what} is missing")
-
-
-class Home:
-    """A user's home folder; `run` starts programs that know no other, with nothing of this process's environments."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        for name in ("home", "tmp"):
-            (folder / name).mkdir(parents=True)
-
-    def variables(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if name not in FROM_OUTSIDE}
-        home, tmp = str(self.folder / "home"), str(self.folder / "tmp")
-        return kept | {"HOME": home, "USERPROFILE": home, "TMPDIR": tmp, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
-
-    def run(self, *command, cwd: Path | None = None, **variables: str) -> str:
-        """What the program printed (both streams); a failure shows the end of it."""
-        done = subprocess.run(
-            [str(part) for part in command], cwd=cwd or self.folder, env=self.variables() | variables,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{' '.join(map(str, command))}: exit status {done.returncode}\n{done.stdout[-6000:]}"
-        return done.stdout
-
-    def listing(self) -> set[str]:
-        return files_below(self.folder)
-
-
-class Environment:
-    """A new virtual environment. pip is the project's own, told to work on this one: bootstrapping another takes longer than the test."""
-
-    def __init__(self, user: Home, folder: Path, interpreter: Path):
-        self.user, self.folder = user, folder
-        user.run(interpreter, "-m", "venv", "--without-pip", folder)
-        self.python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        self.site = Path(self.run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-
-    def run(self, *arguments, cwd: Path | None = None, **variables: str) -> str:
-        return self.user.run(self.python, *arguments, cwd=cwd, **variables)
-
-    def pip(self, *arguments) -> str:
-        return self.user.run(sys.executable, "-m", "pip", "--python", self.python, *arguments)
-
-    def freeze(self) -> set[str]:
-        """What is installed and in which version: the lines of `pip freeze` that name a version, without starting pip."""
-        found = importlib.metadata.distributions(path=[str(self.site)])
-        return {f"{d.metadata['Name'].lower()}=={d.version}" for d in found}
-
-    def add_project_packages(self) -> Environment:
-        """ComfyUI's packages, torch among them, without this pack and without what it asks for: links, so that nothing is downloaded."""
-        source = Path(subprocess.run([install.venv_python(), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-                                     capture_output=True, text=True, check=True).stdout.strip())  # fmt: skip
-        for entry in source.iterdir():
-            if not entry.name.lower().startswith(HIDDEN) and not (self.site / entry.name).exists():
-                (self.site / entry.name).symlink_to(entry)
-        return self
-
-
-def files_below(folder: Path) -> set[str]:
-    """Every file and link below `folder`, but for Python's own caches."""
-    found = set()
-    for path, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name != "__pycache__"]
-        links = [name for name in folders if os.path.islink(os.path.join(path, name))]
-        found |= {Path(path, name).relative_to(folder).as_posix() for name in (*files, *links)}
-    return found
+from computer import ROOT, Environment, Home, commit, missing
 
 
 @pytest.fixture(scope="session")
@@ -144,14 +55,6 @@ def repository(tmp_path_factory):
             shutil.copy2(ROOT / name, folder / name)
     commit(folder, "init", "--quiet")
     return folder
-
-
-def commit(folder: Path, *first: str) -> None:
-    """Everything in `folder` as a commit; `first` is a git command to run before."""
-    identity = ("-c", "user.name=somebody", "-c", "user.email=somebody@localhost")
-    for command in (first, ("add", "--all"), (*identity, "commit", "--quiet", "--message", "as it is")):
-        if command:
-            subprocess.run(["git", *command], cwd=folder, check=True, capture_output=True)
 
 
 @pytest.fixture(scope="session")

@@ -2,69 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
 import zipfile
 
 import comfy_server
-import demo
-import demo_model
 import install
 import pytest
+from computer import NODES, Machine, used
 
-MODEL = "install.safetensors"
-NODES = {"SpargeAttention", "SpargeMonitor", "SpargeReport"}
 NEEDED = {"__init__.py", "nodes/patch.py", "kernels/attention.py", "kernels/cuda/manifest.json", "kernels/cuda/src/attention_mma.cuh",
           "web/js/sparge_monitor.js", "web/docs/SpargeAttention.md", "locales/zh/nodeDefs.json", "requirements.txt", "pyproject.toml", "setup.py",
           "LICENSE", "README.md"}  # fmt: skip
-
-
-def graph(info: dict) -> dict:
-    """Two steps of a small model; with the pack's nodes where the server has them."""
-    sampler = {"seed": 1, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
-    prompt = {
-        "loader": ("UNETLoader", {"unet_name": MODEL, "weight_dtype": "default"}),
-        "text": ("SpargeDemoConditioning", {"tokens": 8, "dim": 4096, "seed": 3}),
-        "latent": ("EmptyHunyuanLatentVideo", {"width": 96, "height": 64, "length": 9, "batch_size": 1}),
-        "sampler": ("KSampler", {**sampler, "model": ["loader", 0], "positive": ["text", 0], "negative": ["text", 0], "latent_image": ["latent", 0]}),
-        "decode": ("SpargeDemoDecode", {"samples": ["sampler", 0], "scale": 1, "between": 2}),
-        "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": "video"}),
-    }
-    if "SpargeAttention" in info:
-        settings = {"min_tokens": 0}
-        demo.fill_defaults(settings, info["SpargeAttention"])
-        prompt["sparge"] = ("SpargeAttention", {"model": ["loader", 0], **settings})
-        prompt["monitor"] = ("SpargeMonitor", {"model": ["sparge", 0], "measure_dense": True})
-        prompt["sampler"][1]["model"] = ["monitor", 0]
-        prompt["report"] = ("SpargeReport", {"model": ["monitor", 0], "data": ["sampler", 0]})
-        prompt["json"] = ("PreviewAny", {"source": ["report", 3]})
-    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in prompt.items()}
-
-
-class Machine:
-    """A user's home with a ComfyUI base folder in it, and ComfyUI's packages."""
-
-    def __init__(self, user, environment):
-        self.user, self.python, self.base = user, environment.python, user.folder / "comfyui"
-        comfy_server.ComfyServer(self.base)  # makes the folders
-        shutil.copytree(comfy_server.HERE / "fixture_pack", self.base / "custom_nodes" / comfy_server.FIXTURE_FOLDER)
-        demo_model.write_demo_model(self.base / "models" / "diffusion_models" / MODEL)
-
-    def run(self, look) -> None:
-        """Starts the server, samples once, and lets `look` see it."""
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(sys, "executable", str(self.python))  # what the server runs on
-            monkeypatch.setattr(comfy_server, "place", lambda source, target: None)  # what lies in custom_nodes was put there by the test
-            for name, value in self.user.variables().items():
-                monkeypatch.setenv(name, value)
-            with comfy_server.ComfyServer(self.base) as server:
-                look(server, server.queue(graph(server.object_info())))
-
-    def files(self) -> set[str]:
-        """All but the pictures that the user asked for and ComfyUI's own log; its temp folder is emptied at the next start."""
-        return {name for name in self.user.listing() if not name.startswith(("comfyui/output/", "comfyui/temp/", "comfyui/user/comfyui"))}
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +29,6 @@ def machine(tree, new_home, new_environment, repository, pypi):
 
 def unused(server: comfy_server.ComfyServer, entry: dict) -> None:
     assert not NODES & set(server.object_info())
-
-
-def used(folder: str, server: comfy_server.ComfyServer, entry: dict) -> None:
-    """The nodes come from `folder`, the browser's part and the texts are served, and attention ran sparse."""
-    info = server.object_info()
-    assert set(info) >= NODES and {info[name]["python_module"] for name in NODES} == {f"custom_nodes.{folder}"}
-    assert f"/extensions/{folder}/js/sparge_monitor.js" in server.get("/extensions")
-    assert "SpargeAttention" in server.get("/i18n")["zh"]["nodeDefs"]
-    (run,) = json.loads(entry["outputs"]["json"]["text"][0])["runs"]
-    assert {cell["sparse_calls"] for cell in run["cells"]} == {1}
-    problems = [line for line in server.log().splitlines() if "IMPORT FAILED" in line or "Traceback" in line]
-    assert not problems, server.log_tail()
 
 
 @pytest.mark.parametrize("way", ["git clone", "registry package"])
