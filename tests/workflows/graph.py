@@ -219,8 +219,16 @@ def note_height(text: str, width: int) -> int:
 
 
 def text_of(workflow: dict) -> str:
-    """The file's text."""
-    return json.dumps(workflow, indent=1, ensure_ascii=False) + "\n"
+    """The file's text: a line for each node, link and group, so that a change shows as one."""
+
+    def plain(value) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    lines = []
+    for key, value in workflow.items():
+        rows = key in ("nodes", "links", "groups")
+        lines.append(f"{plain(key)}: " + ("[\n" + ",\n".join(map(plain, value)) + "\n]" if rows else plain(value)))
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _registered() -> tuple[str, str]:
