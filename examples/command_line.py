@@ -96,7 +96,7 @@ def arguments(example: Example, description: str) -> argparse.Namespace:
     parser.add_argument("--dense-layers", type=layer_list, default=example.dense_layers, help="layers that stay dense, such as 0,1,-1; '' for none")
     parser.add_argument("--order", choices=("auto", "row_major", "tiles", "hilbert"), default="auto", help="order of the tokens")
     parser.add_argument("--backend", choices=("auto", "cuda", "torch"), default="auto")
-    parser.add_argument("--offload", action="store_true", help="keep on the GPU only the part of the pipeline that is at work (needs accelerate)")
+    parser.add_argument("--offload", action="store_true", help="keep on the GPU only the part of the pipeline that is at work")
     parser.add_argument("--out", type=out_file, help=f"save the video: {', '.join(FORMATS)}")
     parser.add_argument("--compare", action="store_true", help="run dense too and print the error and the ratio of the times")
     parser.add_argument("--tiny", action="store_true", help="a tiny model with random weights, on the CPU, nothing downloaded; compares too")
@@ -110,6 +110,9 @@ def main(example: Example, description: str) -> None:
         import diffusers
         import torch
         from sparge_diffusers import SparseAttention
+
+        if not options.tiny:
+            import accelerate  # noqa: F401  (diffusers loads models of bf16 with parts in fp32 through it, and does not say so)
     except ModuleNotFoundError as error:
         remedy = "pip install . in the folder above this one" if error.name == "sparge_kernels" else f"pip install {error.name}"
         sys.exit(f"The Python package {error.name} is missing, which this example needs; {remedy}")

@@ -30,7 +30,7 @@ EXAMPLE = Example(
     dense_share=0.24,
     dense_layers=(0,),
     tiny=tiny,
-    tiny_size={"num_frames": 17, "height": 256, "width": 256, "num_inference_steps": 3},
+    tiny_size={"num_frames": 17, "height": 192, "width": 192, "num_inference_steps": 3},
     tiny_call={"max_sequence_length": 64},
 )
 

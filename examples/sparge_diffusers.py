@@ -131,7 +131,7 @@ class SparseProcessor:
 
     def why_dense(self, attn, hidden_states, encoder_hidden_states, attention_mask, rotary) -> str | None:
         if self.sparse.step < self.sparse.dense_steps:
-            return f"the first {self.sparse.dense_steps} steps"
+            return "the first step" if self.sparse.dense_steps == 1 else f"the first {self.sparse.dense_steps} steps"
         return "in dense_layers" if self.listed else None
 
     def compute(self, attn, hidden_states, encoder_hidden_states, attention_mask, rotary):

@@ -25,8 +25,9 @@ GRID, VIDEO, TEXT = (3, 8, 8), 192, 70
 
 @pytest.fixture(scope="module", autouse=True)
 def diffusers():
-    if importlib.util.find_spec("diffusers") is None:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("diffusers is missing: pip install 'diffusers>=0.42'")
+    for name in ("diffusers", "accelerate"):
+        if importlib.util.find_spec(name) is None:
+            (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{name} is missing, and with CI=true that is a failure")
     comfy_launch.declare_torchvision_ops()
     return importlib.import_module("diffusers")
 
@@ -74,13 +75,13 @@ def test_the_tiny_pipeline_runs_sparse_from_the_command_line(family, tmp_path):
     told = numbers(done.stdout)
     layers, calls = LAYERS[family]
     assert told["sparse"] == 2 * (layers - 1) * calls
-    assert told["dense"].pop("the first 1 steps") == layers * calls
+    assert told["dense"].pop("the first step") == layers * calls
     assert told["dense"].pop("in dense_layers") == 2 * calls
     assert told["dense"] == ({"cross-attention to 64 tokens": 3 * layers * calls} if family == "wan" else {})
     assert told["density"] < 0.3
     assert 1e-4 < told["latents"] < 1 and 0 < told["pixels"] < 1  # fails on NaN too
     frames = imageio.imread(out)
-    assert frames.shape == (13 if family == "mochi" else 17, 256, 256, 3)
+    assert frames.shape == (13 if family == "mochi" else 17, 192, 192, 3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,8 +95,9 @@ def test_at_topk_1_the_video_is_the_dense_one(family, run_main):
 def test_a_pipeline_in_a_folder_is_loaded(run_main, tmp_path):
     importlib.import_module("diffusers_wan").tiny().save_pretrained(tmp_path / "wan")
     told = run_main("wan", "--model", tmp_path / "wan", "--frames", 5, "--height", 64, "--width", 64, "--steps", 3, "--topk", "0.2")
-    assert "12 attention calls dense: the first 1 steps" not in told and "6 attention calls dense: the first 1 steps" in told
-    assert "8 attention calls sparse" in told and "4 attention calls dense: in dense_layers" in told  # the defaults: one step and the first layer
+    assert "8 attention calls sparse" in told and "against dense" not in told
+    # The defaults: of three steps and three layers one each.
+    assert "6 attention calls dense: the first step" in told and "4 attention calls dense: in dense_layers" in told
 
 
 @pytest.mark.parametrize(
@@ -117,10 +119,11 @@ def test_wrong_arguments_get_a_sentence(arguments, sentence, run_main, capsys):
     assert stopped.value.code == 2 and sentence in capsys.readouterr().err
 
 
-def test_missing_diffusers_gets_a_sentence(run_main, monkeypatch):
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(SystemExit, match="^The Python package diffusers is missing, which this example needs; pip install diffusers$"):
-        run_main("mochi", "--tiny")
+@pytest.mark.parametrize(("name", "arguments"), [("diffusers", ["--tiny"]), ("accelerate", [])])
+def test_a_missing_package_gets_a_sentence(name, arguments, run_main, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match=f"^The Python package {name} is missing, which this example needs; pip install {name}$"):
+        run_main("mochi", *arguments)
 
 
 def test_defaults_are_the_values_of_the_presets():
