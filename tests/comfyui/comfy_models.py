@@ -180,7 +180,8 @@ _TABLE: dict[str, _Family] = {
                                          num_heads=2, num_head_channels=-1),
                     (1, 4, 33, 35), 64, prompt=77, layout=("grid",), patch=(1, 1, 1), layers=3, cfg=5.0),
     "qwen_image": _Family("QwenImage", _QWEN, (1, 16, 1, 67, 73), 64, layers=("num_layers",), cfg=4.0),
-    "lumina2": _Family("Lumina2", _LUMINA, _IMAGE, 64, layers=("n_layers",), cfg=4.0,
+    # The mask, all of it true, tells 0.3.60 how many tokens the prompt has.
+    "lumina2": _Family("Lumina2", _LUMINA, _IMAGE, 64, layers=("n_layers",), cfg=4.0, more=_masked(7),
                        optional=("comfy.ldm.lumina.model:NextDiT", dict(rope_theta=10000.0))),
     # Text and image are each padded to a multiple of 32.
     "z_image": _Family("ZImage", _LUMINA | dict(n_kv_heads=4, rope_theta=256.0, z_image_modulation=True, time_scale=1000.0,
