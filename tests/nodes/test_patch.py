@@ -340,17 +340,17 @@ handlers = list(logging.getLogger().handlers)
 out, err = io.StringIO(), io.StringIO()
 path = {root!r}
 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-    start = time.perf_counter()
+    start = time.process_time()  # of the processor: what else the machine does is not ours
     name = path.replace(".", "_x_")
     spec = importlib.util.spec_from_file_location(name, path + "/__init__.py", submodule_search_locations=[path])
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
-    root = time.perf_counter() - start
+    root = time.process_time() - start
     before = set(sys.modules)
     nodes = asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
     [node.GET_SCHEMA() for node in nodes]
-    total = time.perf_counter() - start
+    total = time.process_time() - start
 print(json.dumps(dict(root=root, total=total, out=out.getvalue(), err=err.getvalue(), asked=asked, nodes=len(nodes),
                       logging=handlers == logging.getLogger().handlers, imageio="imageio" in sys.modules, path=path in sys.path)))
 """
