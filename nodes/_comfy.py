@@ -1,4 +1,4 @@
-"""The one place that knows ComfyUI's own names and how its versions differ (0.3.75 to 0.38 were read or run)."""
+"""The one place that knows ComfyUI's own names and how its versions differ (0.3.60 to 0.33 were run, of 0.38 single files were read)."""
 
 from __future__ import annotations
 
