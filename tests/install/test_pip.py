@@ -62,26 +62,35 @@ def wheel(pypi, repository, new_home):
     return built
 
 
-@pytest.mark.parametrize("minor", SUPPORTED, ids=lambda m: "Python " + ".".join(map(str, m)))
-def test_pip_install_and_the_wheel_on_every_python(minor, pypi, repository, wheel, new_home, new_environment):
-    found = interpreter(minor)
-    if found is None:  # no package manager of the tests can bring one, so that this is not a failure in CI
-        pytest.skip(f"there is no Python {minor[0]}.{minor[1]} here")
-    environment, ours = new_environment(new_home(), found), f"sparge-attention=={version()}"
+def check(environment, *what) -> None:
+    """`pip install *what` and `pip uninstall`: the package, and with dependencies imageio with its own; nothing is left behind."""
     assert environment.freeze() == set()
-    # With what it needs on one Python only: numpy and pillow are as much work for pip as all the rest.
-    environment.pip("install", "--quiet", *(() if found == Path(sys.executable) else ("--no-deps",)), repository)
-    lines, from_source = environment.freeze(), installed(environment)
-    assert {line.split("==")[0] for line in lines - {ours}} == (BROUGHT if found == Path(sys.executable) else set()) and ours in lines
+    environment.pip("install", "--quiet", *what)
+    lines, ours = environment.freeze(), f"sparge-attention=={version()}"
+    assert ours in lines and {line.split("==")[0] for line in lines - {ours}} == (set() if "--no-deps" in what else BROUGHT)
     assert environment.run("-c", WITHOUT_TORCH, environment.site).split() == [version()]
 
     environment.pip("uninstall", "--quiet", "--yes", "sparge-attention")
     assert installed(environment) == set() and environment.freeze() == lines - {ours}
 
-    environment.pip("install", "--quiet", "--no-deps", "--no-index", wheel)
+
+@pytest.fixture(params=SUPPORTED, ids=lambda m: "Python " + ".".join(map(str, m)))
+def every_python(request, new_home, new_environment):
+    found = interpreter(request.param)
+    if found is None:  # no package manager of the tests can bring one, so that this is not a failure in CI
+        pytest.skip(f"there is no Python {'.'.join(map(str, request.param))} here")
+    return new_environment(new_home(), found)
+
+
+def test_the_wheel_on_every_python(every_python, wheel):
     assert wheel.name == f"sparge_attention-{version()}-py3-none-any.whl"
-    assert installed(environment) ^ from_source <= {f"sparge_attention-{version()}.dist-info/direct_url.json"} and environment.freeze() == lines
-    assert environment.run("-c", WITHOUT_TORCH, environment.site).split() == [version()]
+    check(every_python, "--no-deps", "--no-index", wheel)
+
+
+@pytest.mark.tools
+def test_pip_install_on_every_python(every_python, pypi, repository):
+    """Built by each Python itself, with what the package needs."""
+    check(every_python, repository)
 
 
 def installed(environment) -> set[str]:
