@@ -78,7 +78,7 @@ def test_the_tiny_pipeline_runs_sparse_from_the_command_line(family, tmp_path):
     assert told["dense"].pop("the first step") == layers * calls
     assert told["dense"].pop("in dense_layers") == 2 * calls
     assert told["dense"] == ({"cross-attention to 64 tokens": 3 * layers * calls} if family == "wan" else {})
-    assert told["density"] < 0.3
+    assert told["density"] < (0.2 if family == "wan" else 0.6)  # the text, which is kept, is much of so short a sequence
     assert 1e-4 < told["latents"] < 1 and 0 < told["pixels"] < 1  # fails on NaN too
     frames = imageio.imread(out)
     assert frames.shape == (13 if family == "mochi" else 17, 192, 192, 3)
