@@ -93,7 +93,7 @@ SECTIONS = {
     "result": (4, "Result"),
     "report": (5, "What was skipped"),
 }
-TITLE, GAP, MARGIN, HEADING, COLUMN_GAP = 30, 30, 20, 50, 90
+TITLE, GAP, MARGIN, HEADING, COLUMN_GAP = 30, 40, 20, 50, 90
 HEIGHTS = {"SpargeMonitor": 720, "CLIPTextEncode": 190, "LoadImage": 340, "SaveImage": 460, "SaveVideo": 500, "SpargeReport": 560,
            "PreviewImage": 420}  # fmt: skip
 NOTE_COLOURS = {"color": "#432", "bgcolor": "#653"}
