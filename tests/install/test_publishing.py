@@ -42,7 +42,7 @@ def comfy_cli(pypi, new_home, new_environment):
 
 @pytest.fixture(scope="module")
 def published(repository, tmp_path_factory):
-    """The repository as the owner publishes it: with the two lines that README's "Publishing" names."""
+    """The repository as the owner publishes it: with the two lines that CONTRIBUTING's "Release" names."""
     folder = tmp_path_factory.mktemp("published") / repository.name
     shutil.copytree(repository, folder)
     text = (folder / "pyproject.toml").read_text(encoding="utf-8")
