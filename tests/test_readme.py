@@ -228,9 +228,8 @@ def test_defaults_are_the_nodes(pack, page, off, empty):
     schema = {entry.id: entry.default for entry in node.define_schema().inputs if getattr(entry, "default", None) is not None}
     text = (ROOT / "web" / "docs" / page).read_text(encoding="utf-8")
     told = {}
-    for names, values in re.findall(r"^\| ([a-z0-9_, ]+) \| ([^|]+) \| [^|]+ \|$", text, re.M):
-        if names not in ("input", "policy, block_mask"):
-            told |= dict(zip(names.split(", "), values.strip().split(", "), strict=True))
+    for names, values in re.findall(r"^\| ([a-z0-9_, ]+) \| (?:default|默认) ?([^:：]+)[:：]", text, re.M):
+        told |= dict(zip(names.split(", "), values.split(", "), strict=True))
     shown = {
         name: off if default is False else empty if default == "" else f"{default:g}" if isinstance(default, int | float) else default
         for name, default in schema.items()
