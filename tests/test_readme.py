@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import build_workflows
+import demo_pictures
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -185,6 +187,16 @@ def test_pictures_are_shown_and_small(path):
         picture.verify()
     assert path.stat().st_size < 300_000
     assert any(path.name in document.read_text(encoding="utf-8") for document in DOCUMENTS), f"no document shows {path.name}"
+
+
+def test_frames_of_the_demo_are_compared():
+    dense = np.full((61, 40, 52, 3), 100, dtype=np.uint8)
+    sparse = dense.copy()
+    sparse[50] -= 10
+    sheet = np.asarray(demo_pictures.side_by_side(dense, sparse, 0.13))
+    first, second = demo_pictures.TITLE + 5, demo_pictures.TITLE + demo_pictures.HEIGHT + demo_pictures.GAP + 5
+    at = [5 + column * (demo_pictures.WIDTH + demo_pictures.GAP) for column in range(3)]
+    assert [int(sheet[first, x, 0]) for x in at] == [100, 100, 255] and [int(sheet[second, x, 0]) for x in at] == [100, 90, 255 - 40]
 
 
 # Tables.
