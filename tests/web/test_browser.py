@@ -261,6 +261,19 @@ def test_the_wheel_over_the_panel_zooms_the_graph(desk):
     desk.look()
 
 
+def test_a_node_that_takes_the_place_of_another_has_its_panel(desk):
+    """As an undo does: "Nodes 2.0" then keeps the place in the page, and puts nothing into it."""
+    assert desk.page.evaluate(f"""(() => {{
+      const [before, whole] = [{PANEL}, app.graph.serialize()];
+      app.graph.clear();
+      app.graph.configure(whole);
+      return new Promise((done) => setTimeout(() => done({PANEL} !== before && !before.isConnected), 500));
+    }})()""")
+    desk.wait_facts(f"done · step {STEPS} of {STEPS}")
+    desk.look()
+    desk.shot("replaced")
+
+
 def test_a_monitor_in_a_subgraph_follows_its_runs(desk):
     enter = "app.canvas.openSubgraph(around.subgraph, around)"
     desk.drop(workflow(seed=4, steps=3, cdfthreshd=0.98))  # another model than the runs before had
@@ -345,6 +358,7 @@ def test_a_removed_node_leaves_nothing_behind(desk):
     before = desk.page.evaluate("held")
     assert before["listeners"] == 2, "the extension itself listens for runs and for reconnections"
     assert before["observers"] == 0
+    empty = {"last_node_id": 0, "last_link_id": 0, "nodes": [], "links": [], "groups": [], "config": {}, "extra": {}, "version": 0.4}
     added = "app.graph.add(window.made = LiteGraph.createNode('SpargeMonitor'))"
     assert desk.page.evaluate(f"{added}; held.listeners") > 10
     desk.page.wait_for(f"{PANEL} !== null")
@@ -352,6 +366,10 @@ def test_a_removed_node_leaves_nothing_behind(desk):
     time.sleep(0.2)
     assert desk.page.evaluate("held") == before
     desk.page.evaluate("send(madeUp(3))")
+    # Nor does one in a subgraph, when another workflow is loaded.
+    assert desk.page.evaluate(f"{added}; app.graph.convertToSubgraph(new Set([made])); held.listeners") > 10
+    desk.page.evaluate(f"app.loadGraphData({json.dumps(empty)}).then(() => 1)")
+    assert desk.page.evaluate("held") == before
 
 
 def test_the_console_is_clean_and_nothing_is_asked_of_other_servers(desk):

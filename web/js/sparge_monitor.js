@@ -26,9 +26,9 @@ app.registerExtension({
     if (node.comfyClass === NODE) addMonitor(node);
   },
 
-  // Nodes in a subgraph have no full name before the whole workflow is loaded.
+  // Nodes in a subgraph have no full name before the whole workflow is loaded. Those of the workflow before are not always said to be removed.
   afterConfigureGraph() {
-    views.forEach((view) => view.refresh());
+    views.forEach((view, node) => (isInWorkflow(node) ? view.refresh() : leave(node)));
   },
 });
 
@@ -36,7 +36,7 @@ function addMonitor(node) {
   const view = new MonitorView({
     t: translator(locale()),
     load: (address) => api.fetchApi(address),
-    names: () => namesOf(node, app.rootGraph ?? app.graph),
+    names: () => namesOf(node, rootGraph()),
     wheel: (event) => zoomGraph(view.element, event),
   });
   node.addDOMWidget("monitor", "sparge_monitor", view.element, { serialize: false, hideOnZoom: false, getMinHeight: () => MIN_HEIGHT });
@@ -44,14 +44,32 @@ function addMonitor(node) {
   const enter = () => {
     views.set(node, view);
     view.attach();
-  };
-  const leave = () => {
-    views.delete(node);
-    view.detach();
+    requestAnimationFrame(() => takePlace(node, view.element));
   };
   chain(node, "onAdded", enter);
-  chain(node, "onRemoved", leave);
+  chain(node, "onRemoved", () => leave(node));
   if (node.graph) enter();
+}
+
+function leave(node) {
+  views.get(node)?.detach();
+  views.delete(node);
+}
+
+// A node that comes for another of the same id in one go, by an undo or in a subgraph that is entered at once, inherits its place in the page in
+// "Nodes 2.0", with the removed node's panel, emptied, still in it.
+function takePlace(node, element) {
+  if (element.isConnected || node.graph !== app.canvas.graph) return;
+  document.querySelector(`[data-node-id="${CSS.escape(node.id)}"] .sparge-monitor:empty`)?.replaceWith(element);
+}
+
+function isInWorkflow(node) {
+  const root = rootGraph();
+  return node.graph === root || root.subgraphs?.get(node.graph?.id) === node.graph;
+}
+
+function rootGraph() {
+  return app.rootGraph ?? app.graph;
 }
 
 // The graph zooms as it does beside the panel. As a part of the page ("Nodes 2.0") the panel lets the wheel through by itself.
