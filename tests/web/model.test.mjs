@@ -150,9 +150,10 @@ test("fifty steps of sixty layers are taken in quickly", () => {
   let slowest = 0;
   for (let step = 0; step < 50; step++) {
     const cells = Array.from({ length: 60 }, (_, layer) => sparse(step, layer));
-    const started = performance.now();
+    const started = process.cpuUsage(); // a busy machine's pauses are not counted
     model = receive(model, message({ step: step + 1, steps: 50, layers: 60, cells }));
-    if (step > 5) slowest = Math.max(slowest, performance.now() - started);
+    const { user, system } = process.cpuUsage(started);
+    if (step > 5) slowest = Math.max(slowest, (user + system) / 1000);
   }
   assert.equal(kindOf(shownRun(model), 2999), SPARSE);
   assert.ok(slowest < 50, `${slowest} ms for one message`);
