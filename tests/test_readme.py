@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted((ROOT / "web" / "docs").rglob("*.md"))
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md", "tests/bench/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "python_examples/README.md", "tests/bench/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     *PAGES,
 ]
@@ -166,7 +166,7 @@ def test_document(path, tracked):
     ],
 )
 def test_what_is_wrong_is_found(text, tracked):
-    folder = ROOT / "examples" if "plain_pytorch" in text else ROOT
+    folder = ROOT / "python_examples" if "plain_pytorch" in text else ROOT
     assert wrong_links(text, folder) + wrong_commands(text, folder, tracked) + wrong_variables(text) + MACHINE.findall(text)
 
 

@@ -155,13 +155,8 @@ def test_the_template_browser_lists_them(desk):
     assert sorted(desk.server.get("/workflow_templates")[desk.server.pack_folder]) == NAMES
 
 
-EXAMPLES = graph.ROOT / "examples"
-
-
-@pytest.mark.xfail(
-    EXAMPLES.is_dir(), reason="ComfyUI looks for templates in examples/ before workflows/, and only in the first it finds", strict=True
-)
 def test_the_template_browser_opens_them(desk):
+    """ComfyUI serves the first folder of the names example_workflows, example, examples, workflow, workflows: none of the first four may be here."""
     picture = requests.get(f"{desk.server.url}/api/workflow_templates/{desk.server.pack_folder}/{NAMES[0]}.jpg", timeout=30)
     assert picture.content == (build_workflows.FOLDER / f"{NAMES[0]}.jpg").read_bytes()
 

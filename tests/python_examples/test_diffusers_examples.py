@@ -17,7 +17,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples"
+EXAMPLES = ROOT / "python_examples"
 FAMILIES = ("mochi", "hunyuan_video", "wan")
 EXACT = 1e-5
 GRID, VIDEO, TEXT = (3, 8, 8), 192, 70
