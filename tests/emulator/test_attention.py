@@ -6,6 +6,7 @@ import math
 import mmap
 
 import emulator
+import layouts
 import pytest
 import torch
 from sparge_kernels import compensation, config, quantize, reference
@@ -61,6 +62,8 @@ class Problem:
             rows = _padded(quantised.values.view(torch.int8), n_k * 64, size).unflatten(2, (n_k, 64))
             t["v8"] = rows[:, :, :, _key_order()].transpose(-1, -2)
             t["v_scale"] = torch.nn.functional.pad(quantised.scale[:, :, 0], (0, size - dim))
+        for name in ("q8", "k8", "v8"):
+            t[name] = layouts.swizzled(t[name])
         if bias is not None:
             plan_bias = bias if perm is None else bias[:, perm]
             t["bias2"] = torch.nn.functional.pad(plan_bias.float() * LOG2E, (0, n_k * 64 - s_k), value=-math.inf)

@@ -32,19 +32,15 @@ constexpr float kNone = kNothingSkipped;                            // running m
 constexpr float kLog2Of255 = 7.99435344f;
 constexpr float kOffset = kPv == kPvFp8 ? 8.0f : 0.0f;              // log2 of what FP8's P, sum and O are multiplied by
 
-// Byte offset of a 16-byte chunk in a tile whose rows have kRowBytes: eight rows read together lie in different banks.
+// Byte offset of a 16-byte chunk in a tile whose rows have kRowBytes.
 template <int kRowBytes>
 DEVICE uint32_t swizzled(int row, int chunk) {
-  return row * kRowBytes + ((chunk ^ (kRowBytes >= 128 ? row & 7 : (row >> 1) & 3)) << 4);
+  return row * kRowBytes + (chunk_of(kRowBytes, row, chunk) << 4);
 }
 
-template <int kRowBytes, int kBytes>
+template <int kBytes>
 DEVICE void copy_block(uint32_t shared, const char* global) {
-  constexpr int kChunks = kRowBytes / 16;
-  UNROLL for (int i = 0; i < kBytes / 16; i += kThreads) {
-    int chunk = i + thread_id();
-    copy_async_16(shared + swizzled<kRowBytes>(chunk / kChunks, chunk % kChunks), global + chunk * 16);
-  }
+  UNROLL for (int i = 0; i < kBytes; i += 16 * kThreads) copy_async_16(shared + i + 16 * thread_id(), global + i + 16 * thread_id());
 }
 
 // What a thread knows of its two rows, g and g + 8 of the warp's sixteen.
@@ -253,8 +249,8 @@ KERNEL(sparge_attention_mma, kThreads, AttentionParams) {
       uint32_t to_v = stage + kTileBlocks * kBlockBytesK + i * kBlockBytesV;
       if (t * kTileBlocks + i < count) {
         int64_t id = id_ahead[i];
-        copy_block<kDim, kBlockBytesK>(stage + i * kBlockBytesK, k8 + id * kBlockBytesK);
-        copy_block<kRowBytesV, kBlockBytesV>(to_v, v8 + id * kBlockBytesV);
+        copy_block<kBlockBytesK>(stage + i * kBlockBytesK, k8 + id * kBlockBytesK);
+        copy_block<kBlockBytesV>(to_v, v8 + id * kBlockBytesV);
       } else if (kPv != kPvInt8) {  // the missing half: its P is zero, but zero times whatever lies there might be NaN
         char* zero = shared_memory() + (to_v - stages);
         for (int b = thread_id() * 16; b < kBlockBytesV; b += kThreads * 16) *(Bytes16*)(zero + b) = Bytes16{};
@@ -275,8 +271,7 @@ KERNEL(sparge_attention_mma, kThreads, AttentionParams) {
     q_scale[h] = p.q_scale[at];
     const uint32_t* words = (const uint32_t*)(p.q8 + at * kDim) + (lane & 3);
     UNROLL for (int i = 0; i < kDim / 32; i++) {
-      q[i][h] = words[i * 8];
-      q[i][h + 2] = words[i * 8 + 4];
+      UNROLL for (int half = 0; half < 2; half++) q[i][h + 2 * half] = words[4 * chunk_of(kDim, group, 2 * i + half)];
     }
   }
   Rows rows = {{kNone, kNone}, {0.0f, 0.0f}, {row < p.s_q, row + 8 < p.s_q}};
