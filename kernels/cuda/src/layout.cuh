@@ -32,9 +32,9 @@ DEVICE constexpr int key_at_position(int position) {
   return (position & ~15) | (2 * ((position & 15) >> 2)) | (position & 1) | (((position >> 1) & 1) << 3);
 }
 
-// In the rows of q8, k8 and v8 the 16-byte chunks are swizzled, so that a plain copy of a block to shared memory is a tile in which eight chunks of
-// neighbouring rows, which a matrix load reads together, lie in different banks: chunk c of row r is stored at chunk_of(bytes of a row, r, c), counted
-// within the row, and what is stored at a place is found the same way. Two rows of 64 bytes share a line of all banks, and so their order.
+// In q8, k8 and v8 the 16-byte chunks of every row are swizzled, so that a plain copy of a block to shared memory is a tile in which eight chunks of
+// neighbouring rows, which a matrix load reads together, lie in different banks. Chunk c of row r lies at chunk_of(bytes of a row, r, c) of that row,
+// and what lies at c is found the same way. Two rows of 64 bytes share a line of all banks, and so their order.
 DEVICE constexpr int chunk_of(int row_bytes, int row, int chunk) {
   return chunk ^ (row_bytes >= 128 ? row & 7 : (row >> 1) & 3);
 }
@@ -103,6 +103,7 @@ struct SelectParams {
   int32_t* counts;                 // (B, H, N_q)
   int32_t* visible;                // (B, N_q) visible blocks of the row; written by head 0
   int32_t* skips;                  // (B, H, 2) zeroed here for the attention kernel
+  int32_t* counter;                // one number, zeroed here for the attention kernel; or null
   float* state;                    // (B, H, N_q, 4 + E): m0 (log2 units), l0, shift weight, unused, U; null unless compensating
   float* scratch;                  // (slots, 64, scratch_stride): the scores of the task at hand
   int64_t scratch_stride;          // at least N_k
@@ -114,7 +115,15 @@ struct SelectParams {
   int32_t shift;                   // compensation: 0 leaves out the variance (causal)
 };
 
-// Grid: B * H * N_q, heads slowest, the last query block of a head first.
+// The order in which a head's query blocks are worked on: the longest list first, of equal ones the last. Grid: B * H.
+struct SequenceParams {
+  const int32_t* counts;           // (B, H, N_q)
+  uint16_t* sequence;              // (B, H, N_q) query blocks
+  int32_t s_q;
+};
+
+// Grid: B * H * N_q, heads slowest, the last query block of a head first. Hopper's kernel: as many blocks as the device holds at once; they draw
+// those items from the counter, in the same order or the sequence's.
 struct AttentionParams {
   const int8_t *q8, *k8;           // as above
   const void* v8;
@@ -132,6 +141,8 @@ struct AttentionParams {
   int32_t* skips;                  // (B, H, 2): tiles that were dropped, all tiles of the lists; per warp of 16 rows
   const float* state;              // compensation, as above; or null
   const float* row_shift;          // (B, H, S_q, D) fp32, caller's order: scale * C q per row, what the shift weight multiplies; null without a shift
+  int32_t* counter;                // items drawn so far, at first zero; Hopper's kernel only
+  const uint16_t* sequence;        // (B, H, N_q) query blocks, the longest list first; null: N_q - 1, N_q - 2, ...; Hopper's kernel only
   float pvthreshd;                 // log2 units
   int32_t batch, heads, kv_heads, s_q, s_k, dim, capacity;
   int32_t causal, causal_offset;
