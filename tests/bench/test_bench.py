@@ -437,10 +437,10 @@ class Emulated(bench_host.StubMachine):
     def kernel(self, variant, symbol):
         return SimpleNamespace(variant=variant, name=symbol, origin=f"{variant.name}, emulated")
 
-    def launch(self, kernel, grid, shared, params, stream):
+    def launch(self, kernel, grid, threads, shared, params, stream):
         import emulator
 
-        emulator.library(kernel.variant).launch(kernel.name, grid, params, shared=shared)
+        emulator.library(kernel.variant).launch(kernel.name, grid, params, shared=shared, threads=threads)
         self.now[0] += LAUNCH_MS[kernel.name]
 
 

@@ -47,9 +47,9 @@ class EmulatedMachine:
     def kernel(self, variant, symbol):
         return SimpleNamespace(variant=variant, name=symbol)
 
-    def launch(self, kernel, grid, shared, params, stream):
+    def launch(self, kernel, grid, threads, shared, params, stream):
         self.launched.append(kernel.name)
-        emulator.library(kernel.variant).launch(kernel.name, grid, params, shared=shared, seed=self.seed)
+        emulator.library(kernel.variant).launch(kernel.name, grid, params, shared=shared, threads=threads, seed=self.seed)
 
     def here(self):
         return contextlib.nullcontext()

@@ -21,13 +21,15 @@ from sparge_kernels.selection import Rule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 KERNELS = ["sparge_statistics", "sparge_prepass", "sparge_select", "sparge_attention_mma"]
+ON_HOPPER = [*KERNELS[:3], "sparge_attention_sm90"]
+IN_SEQUENCE = [*KERNELS[:3], "sparge_sequence", "sparge_attention_sm90"]
 
 
 class RecordingMachine:
-    """A GPU that notes its launches: (kernel, variant, grid, shared memory, a copy of the struct)."""
+    """A GPU that notes its launches: (kernel, variant, grid, shared memory, a copy of the struct, threads)."""
 
-    def __init__(self, pv="int8", processors=84):
-        self.arch, self.pv, self.processors, self.launched = "sm_89", pv, processors, []
+    def __init__(self, pv="int8", processors=84, arch="sm_89"):
+        self.arch, self.pv, self.processors, self.launched = arch, pv, processors, []
 
     def missing(self, variants):
         return None
@@ -35,9 +37,9 @@ class RecordingMachine:
     def kernel(self, variant, symbol):
         return SimpleNamespace(variant=variant.name, name=symbol)
 
-    def launch(self, kernel, grid, shared, params, stream):
+    def launch(self, kernel, grid, threads, shared, params, stream):
         assert stream == 7
-        self.launched.append((kernel.name, kernel.variant, grid, shared, type(params).from_buffer_copy(params)))
+        self.launched.append((kernel.name, kernel.variant, grid, shared, type(params).from_buffer_copy(params), threads))
 
     def here(self):
         return contextlib.nullcontext()
@@ -161,7 +163,7 @@ def struct_values(params):
 
 
 def launched(machine):
-    return {symbol: struct_values(params) for symbol, _, _, _, params in machine.launched[-4:]}
+    return {symbol: struct_values(params) for symbol, _, _, _, params, _ in machine.launched[-4:]}
 
 
 def test_sizes_strides_and_scalars(machine, rand):
@@ -198,6 +200,7 @@ OPTIONAL = {
     "lse": {"lse", "lse_shift"}, "bool mask": {"key_valid", "bias2"}, "float mask": {"key_bias", "bias2", "top"},
     "always_keep": {"forced_q", "forced_k"}, "per head": {"pv_heads"}, "compensate": {"lse", "lse_shift", "v_mean", "state", "row_shift"},
     "block map": {"block_map"}, "judge": {"q_sim", "k_sim"}, "order": {"perm"}, "rule per head": {"topk_heads", "cdf_heads", "sim_heads"},
+    "Hopper's kernel": {"counter", "sequence"},
 }  # fmt: skip
 
 
@@ -243,7 +246,7 @@ def problem(**changes):
     values = dict(
         batch=2, heads=4, kv_heads=2, s_q=333, s_k=1000, dim=40, dtype="float16", pv="int8", capacity=7, q_stride=(1, 1, 1, 1), k_stride=(1, 1, 1, 1),
         v_stride=(1, 1, 1, 1), causal=False, causal_offset=0, subblock=True, smooth_k=True, judged=False, compensate=False, want_lse=False,
-        masked=False, processors=84,
+        masked=False, drawn=False, sequenced=False, processors=84,
     )  # fmt: skip
     return workspace.Problem(**{**values, **changes})
 
@@ -252,7 +255,8 @@ def problem(**changes):
 @pytest.mark.parametrize("features", list(itertools.product([False, True], repeat=4)), ids=lambda f: "".join("01"[x] for x in f))
 def test_buffers_are_aligned_and_do_not_overlap(pv, features):
     judged, compensate, want_lse, masked = features
-    layout = workspace.plan(problem(pv=pv, judged=judged, compensate=compensate, want_lse=want_lse, masked=masked))
+    how = dict(judged=judged, compensate=compensate, want_lse=want_lse, masked=masked)
+    layout = workspace.plan(problem(pv=pv, **how, drawn=pv == "fp8", sequenced=pv == "fp8" and judged))
     end = 0
     for offset, shape, dtype in sorted(layout.buffers.values()):
         assert offset % 256 == 0 and offset >= end
