@@ -165,7 +165,7 @@ def compile_all(
     edges = [(arch, variant, nvrtc.program(variant.source, variant.target(arch), variant.defines, sources)) for arch, variant in listed]
     files = [work / arch / f"{variant.name}.cubin" for arch, variant, _ in edges]
     lines = ["ninja_required_version = 1.8", "rule compile", "  command = $line", "  description = $what", ""]
-    for (arch, variant, program), out in zip(edges, files, strict=True):
+    for (_, variant, program), out in zip(edges, files, strict=True):
         out.parent.mkdir(parents=True, exist_ok=True)
         needs = [*(sources / name for name, _ in program.files), *tool.depends]
         lines += [
