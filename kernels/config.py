@@ -221,8 +221,9 @@ def hopper_config(dim: int) -> HopperConfig:
 def hopper_candidates(dim: int) -> tuple[HopperConfig, ...]:
     """What the benchmark builds and times before one of them becomes `hopper_config`."""
     few, some, many = {64: (4, 6, 8), 128: (3, 4, 5)}[dim]
-    shapes = ((2, False, few), (2, False, some), (2, False, many), (3, False, few), (2, True, some))
-    return tuple(HopperConfig(tile_blocks, ones, overlap, overlap, 0, stages) for ones in (True, False) for tile_blocks, overlap, stages in shapes)
+    shapes = [(2, False, False, few), (2, False, False, some), (2, False, False, many), (3, False, False, few)]
+    shapes += [(2, False, True, some), (2, True, True, some)]
+    return tuple(HopperConfig(blocks, ones, overlap, split, 0, stages) for ones in (True, False) for blocks, overlap, split, stages in shapes)
 
 
 def hopper_shared(dim: int, chosen: HopperConfig) -> int:
