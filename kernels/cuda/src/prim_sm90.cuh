@@ -32,8 +32,17 @@ DEVICE void bulk_copy(uint32_t shared, const void* global, int bytes, uint32_t b
                "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(barrier)
                : "memory");
 }
-// What this thread wrote to shared memory itself becomes visible to matrix products and bulk copies (other threads': after the next meeting with them).
+// What this thread wrote to shared memory itself becomes visible to matrix products and bulk copies (of other threads after the next meeting).
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- where am I --------------------------------------------------------------------------------------------------------------------------------
+
+// thread_id(), read anew each time: the compiler holds no register for it.
+DEVICE int thread_id_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
 
 // ---- together ----------------------------------------------------------------------------------------------------------------------------------
 // Hardware barriers 1 to 15 (0 is sync_block's). `threads`, a multiple of 32, counts those that wait and those that only arrive.
@@ -60,9 +69,6 @@ DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// ---- arithmetic --------------------------------------------------------------------------------------------------------------------------------
-
-DEVICE int max_of_three(int a, int b, int c) { return __vimax3_s32(a, b, c); }
 
 // ---- matrix products of a warpgroup ------------------------------------------------------------------------------------------------------------
 // c (64 x N) = a (64 x 32) b (N x 32)^T, plus c where `accumulate`. Warp w of the four has rows 16 w to 16 w + 15; with g = lane / 4, t = lane % 4:
@@ -71,12 +77,14 @@ DEVICE int max_of_three(int a, int b, int c) { return __vimax3_s32(a, b, c); }
 // stay.
 
 // An operand in shared memory: rows of 64 or 128 bytes, one after the other from an address aligned to 8 rows, their 16-byte chunks permuted as
-// layout.cuh says. A multiple of 32 bytes added to the address selects the k-step.
+// layout.cuh says.
 template <int kRowBytes>
 DEVICE uint64_t matrix_descriptor(uint32_t shared) {
   static_assert(kRowBytes == 64 || kRowBytes == 128, "rows of 64 or 128 bytes");
   return (uint64_t)((shared & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(8 * kRowBytes >> 4) << 32 | (uint64_t)(kRowBytes == 128 ? 1 : 2) << 62;
 }
+// The operand `bytes` further on: whole groups of 8 rows, and a multiple of 32 for the k-step. All must lie in the first 256 KB of shared memory.
+DEVICE uint64_t at_byte(uint64_t descriptor, int bytes) { return descriptor + (uint64_t)(bytes >> 4); }
 // Before the first product after registers of c or a were written.
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 // Closes the group of the products so far (it may be empty).
@@ -93,9 +101,8 @@ template <int kN>
 DEVICE void wgmma_e4m3(float (&c)[kN / 8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate);
 
 #define SPARGE_ROW(form, j) form(c[j][0]), form(c[j][1]), form(c[j][2]), form(c[j][3])
-#define SPARGE_ROWS_8(form, j)                                                                                        \
-  SPARGE_ROW(form, j), SPARGE_ROW(form, j + 1), SPARGE_ROW(form, j + 2), SPARGE_ROW(form, j + 3), SPARGE_ROW(form, j + 4), \
-      SPARGE_ROW(form, j + 5), SPARGE_ROW(form, j + 6), SPARGE_ROW(form, j + 7)
+#define SPARGE_ROWS_4(form, j) SPARGE_ROW(form, j), SPARGE_ROW(form, j + 1), SPARGE_ROW(form, j + 2), SPARGE_ROW(form, j + 3)
+#define SPARGE_ROWS_8(form, j) SPARGE_ROWS_4(form, j), SPARGE_ROWS_4(form, j + 4)
 
 template <>
 DEVICE void wgmma_s8<64>(int (&c)[8][4], uint64_t a, uint64_t b, bool accumulate) {
@@ -139,7 +146,7 @@ DEVICE void wgmma_e4m3<32>(float (&c)[4][4], const uint32_t (&a)[4], uint64_t b,
       "{.reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
       "}, {%16, %17, %18, %19}, %20, p, 1, 1;}"
-      : SPARGE_ROW("+f", 0), SPARGE_ROW("+f", 1), SPARGE_ROW("+f", 2), SPARGE_ROW("+f", 3)
+      : SPARGE_ROWS_4("+f", 0)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate));
 }
 template <>
@@ -149,7 +156,7 @@ DEVICE void wgmma_e4m3<40>(float (&c)[5][4], const uint32_t (&a)[4], uint64_t b,
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19"
       "}, {%20, %21, %22, %23}, %24, p, 1, 1;}"
-      : SPARGE_ROW("+f", 0), SPARGE_ROW("+f", 1), SPARGE_ROW("+f", 2), SPARGE_ROW("+f", 3), SPARGE_ROW("+f", 4)
+      : SPARGE_ROWS_4("+f", 0), SPARGE_ROW("+f", 4)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate));
 }
 template <>
@@ -199,4 +206,5 @@ DEVICE void wgmma_e4m3<136>(float (&c)[17][4], const uint32_t (&a)[4], uint64_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate));
 }
 #undef SPARGE_ROW
+#undef SPARGE_ROWS_4
 #undef SPARGE_ROWS_8

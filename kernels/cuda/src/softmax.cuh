@@ -24,15 +24,15 @@ struct Rows {
 };
 
 struct Tile {
-  int64_t first_key[kTileBlocks];  // of each block
+  int first_key[kTileBlocks];  // of each block
   int blocks;                      // 1 to kTileBlocks
 };
 
 // Whether some score of the tile must not count: no mask_scores otherwise. `first_row`: the lowest row that shares the answer.
-DEVICE bool has_edge(const AttentionParams& p, const Tile& tile, int64_t first_row) {
+DEVICE bool has_edge(const AttentionParams& p, const Tile& tile, int first_row) {
   bool edge = kMasked || tile.blocks < kTileBlocks;
   UNROLL for (int i = 0; i < kTileBlocks; i++) {
-    int64_t last_key = tile.first_key[i] + kBlockK - 1;
+    int last_key = tile.first_key[i] + kBlockK - 1;
     edge |= last_key >= p.s_k || (p.causal && last_key > first_row + p.causal_offset);
   }
   return edge;
@@ -40,12 +40,12 @@ DEVICE bool has_edge(const AttentionParams& p, const Tile& tile, int64_t first_r
 
 // Scores as fp32 in place of the integers, -inf where a key is masked, past the end, behind the causal edge or in a missing block.
 DEVICE void mask_scores(const AttentionParams& p, int (&acc)[kKeyTiles][4], const float (&factor)[kTileBlocks][2], const Tile& tile, const float* bias2,
-                        int64_t row) {
+                        int row) {
   UNROLL for (int j = 0; j < kKeyTiles; j++) {
     int block = j / kBlockTiles;
     bool missing = block >= tile.blocks;
     UNROLL for (int e = 0; e < 4; e++) {
-      int64_t key = tile.first_key[block] + (j % kBlockTiles) * 8 + (lane_id() & 3) * 2 + (e & 1);
+      int key = tile.first_key[block] + (j % kBlockTiles) * 8 + (lane_id() & 3) * 2 + (e & 1);
       bool out = missing || key >= p.s_k || (p.causal && key > row + (e >> 1) * 8 + p.causal_offset);
       float score = to_float(acc[j][e]) * factor[block][e >> 1];
       if (kMasked && !out) score += bias2[key];
