@@ -141,10 +141,11 @@ KERNEL(squares, 384, SampleParams) {
     const int item = control->item;
     barrier_arrive(name(control->taken));
     if (item >= items) return;
-    int sum[8][4] = {}, product[2][8][4];
+    uint32_t sum[8][4] = {};
+    int product[2][8][4];
     auto square = [&](int (&x)[8][4]) {
       for (int j = 0; j < 8; j++)
-        for (int e = 0; e < 4; e++) sum[j][e] += x[j][e] * x[j][e];
+        for (int e = 0; e < 4; e++) sum[j][e] += (uint32_t)x[j][e] * (uint32_t)x[j][e];
     };
     auto give_back = [&](int stage) {
       if (lane_id() == 0) barrier_arrive(name(control->empty[stage]));
@@ -173,7 +174,7 @@ KERNEL(squares, 384, SampleParams) {
     wgmma_wait<0>();
     if (p.which != 3) give_back(last);
     square(product[(p.n - 1) % 2]);
-    int* out = (int*)p.out + ((p.which == 5 ? control->item % items : item) * 2 + group) * 4096;
+    uint32_t* out = (uint32_t*)p.out + ((p.which == 5 ? control->item % items : item) * 2 + group) * 4096;
     for (int j = 0; j < 8; j++)
       for (int e = 0; e < 4; e++) out[place_in_product(t % 128, j, e, 64)] = sum[j][e];
   }
