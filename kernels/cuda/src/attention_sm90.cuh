@@ -57,7 +57,7 @@ struct ItemFacts {
   Item item;
   int32_t count;      // blocks of its list; -1: there are no more items
   float threshold;
-  float q_scale[kBlockQ];
+  alignas(16) float q_scale[kBlockQ];
 };
 struct alignas(16) Control {
   ItemFacts item[kSlots];
@@ -69,13 +69,11 @@ static_assert(sizeof(Control) <= 2048, "kernels/config.py reserves 2048 bytes");
 // Hardware barriers.
 constexpr int kTurn = 1, kVote = 3;
 
-// A place in a ring of kSize, and the parity of the round.
-template <int kSize>
-struct Ring {
-  int count = 0;
-  DEVICE int at() const { return count % kSize; }
-  DEVICE int parity() const { return count / kSize & 1; }
-};
+// Tile n lies in stage n % kStages; the parity of its round is what barriers tell rounds by. Items and slots the same.
+DEVICE int stage_of(int tile) { return (uint32_t)tile % kStages; }
+DEVICE int parity_of(int tile) { return (uint32_t)tile / kStages & 1; }
+DEVICE int slot_of(int turn) { return (uint32_t)turn % kSlots; }
+DEVICE int slot_parity_of(int turn) { return (uint32_t)turn / kSlots & 1; }
 
 // Shared addresses.
 DEVICE uint32_t place_of_q(int slot) { return shared_address(shared_memory()) + slot * kBytesQ; }
@@ -97,32 +95,31 @@ DEVICE void produce(const AttentionParams& p, int blocks_q) {
   const int64_t blocks_k = (p.s_k + kBlockK - 1) / kBlockK;
   const int items = p.batch * p.heads * blocks_q;
   const int lane = lane_id();
-  Ring<kStages> stage;
-  Ring<kSlots> slot;
+  int tile = 0, turn = 0;  // how many went before
   while (true) {
     int index = shuffle(lane == 0 ? atomic_add(p.counter, 1) : 0, 0);
     const bool over = index >= items;
-    barrier_wait(q_empty(slot.at()), slot.parity() ^ 1);
+    barrier_wait(q_empty(slot_of(turn)), slot_parity_of(turn) ^ 1);
     if (over) {
       if (lane == 0) {
-        control().item[slot.at()].count = -1;
-        barrier_arrive(q_full(slot.at()));
+        control().item[slot_of(turn)].count = -1;
+        barrier_arrive(q_full(slot_of(turn)));
       }
       return;
     }
     const Item item = item_of_rank(p, index, blocks_q);
     const int count = p.counts[item.list];
     if (lane == 0) {
-      const uint32_t barrier = q_full(slot.at());
-      ItemFacts& facts = control().item[slot.at()];
+      const uint32_t barrier = q_full(slot_of(turn));
+      ItemFacts& facts = control().item[slot_of(turn)];
       facts.item = item;
       facts.count = count;
       facts.threshold = p.pv_heads ? p.pv_heads[item.head] : p.pvthreshd;
       barrier_arrive_expect(barrier, kBytesQ + sizeof facts.q_scale);
-      bulk_copy(place_of_q(slot.at()), p.q8 + item.list * kBytesQ, kBytesQ, barrier);
+      bulk_copy(place_of_q(slot_of(turn)), p.q8 + item.list * kBytesQ, kBytesQ, barrier);
       bulk_copy(shared_address(facts.q_scale), p.q_scale + item.list * kBlockQ, sizeof facts.q_scale, barrier);
     }
-    slot.count++;
+    turn++;
     const uint16_t* ids = p.lists + item.list * p.capacity;
     const float* k_scale = p.k_scale + item.kv * blocks_k;
     const char* k8 = (const char*)p.k8 + item.kv * blocks_k * kBytesK;
@@ -145,20 +142,20 @@ DEVICE void produce(const AttentionParams& p, int blocks_q) {
           id[b] = shuffle(my_id, b < blocks ? i + b : i);
           scale[b] = shuffle(my_scale, b < blocks ? i + b : i);
         }
-        barrier_wait(empty(stage.at()), stage.parity() ^ 1);
+        barrier_wait(empty(stage_of(tile)), parity_of(tile) ^ 1);
         if (lane == 0) {
-          uint32_t barrier = full(stage.at());
+          uint32_t barrier = full(stage_of(tile));
           UNROLL for (int b = 0; b < kTileBlocks; b++) {
-            control().facts[stage.at()].id[b] = id[b];
-            control().facts[stage.at()].scale[b] = scale[b];
+            control().facts[stage_of(tile)].id[b] = id[b];
+            control().facts[stage_of(tile)].scale[b] = scale[b];
           }
           barrier_arrive_expect(barrier, blocks * kBytesK + kTileBlocks * kBytesV);
           UNROLL for (int b = 0; b < kTileBlocks; b++) {
-            if (b < blocks) bulk_copy(place_of_k(stage.at()) + b * kBytesK, k8 + (int64_t)id[b] * kBytesK, kBytesK, barrier);
-            bulk_copy(place_of_v(stage.at()) + b * kPlaceV, v8 + (int64_t)id[b] * kBytesV, kBytesV, barrier);
+            if (b < blocks) bulk_copy(place_of_k(stage_of(tile)) + b * kBytesK, k8 + (int64_t)id[b] * kBytesK, kBytesK, barrier);
+            bulk_copy(place_of_v(stage_of(tile)) + b * kPlaceV, v8 + (int64_t)id[b] * kBytesV, kBytesV, barrier);
           }
         }
-        stage.count++;
+        tile++;
       }
     }
   }
@@ -214,17 +211,16 @@ DEVICE void consume(const AttentionParams& p, int warpgroup) {
   auto row_in_block = [] { return (thread_id_again() >> 5) * 16 - 64 + (thread_id_again() >> 2 & 7); };
   auto is_first_lane = [] { return (thread_id_again() & 31) == 0; };
   auto warpgroup_again = [] { return (thread_id_again() >> 7) - 1; };
-  Ring<kStages> stage;  // of the tile whose Q K^T is issued next
-  Ring<kSlots> slot;
+  int tile = 0, turn = 0;  // how many went before
   if (!kOverlap && warpgroup == 1) arrive_threads(kTurn, 256);  // the first turn is warpgroup 0's
   while (true) {
-    barrier_wait(q_full(slot.at()), slot.parity());
-    const ItemFacts& item_facts = control().item[slot.at()];
+    barrier_wait(q_full(slot_of(turn)), slot_parity_of(turn));
+    const ItemFacts& item_facts = control().item[slot_of(turn)];
     // Shuffled, so that the compiler knows that all lanes have the same.
     const int count = shuffle(item_facts.count, 0);
     if (count < 0) break;
     const int tiles = (count + kTileBlocks - 1) / kTileBlocks;
-    auto q = [&] { return place_of_q(slot.at()) + warpgroup_again() * 64 * kDim; };
+    auto q = [&] { return place_of_q(slot_of(turn)) + warpgroup_again() * 64 * kDim; };
     Rows rows = {{kNone, kNone}, {0.0f, 0.0f}, {}};
     float o[kDim / 8][4] = {};
     int acc[kKeyTiles][4];
@@ -234,15 +230,15 @@ DEVICE void consume(const AttentionParams& p, int warpgroup) {
       const int mine = row_in_block(), row = (int)item_facts.item.block_q * kBlockQ + mine;  // and row + 8
       const float threshold = item_facts.threshold;
       UNROLL for (int h = 0; h < 2; h++) rows.real[h] = row + h * 8 < p.s_q;
-      Tile tile;
-      tile.blocks = blocks;
+      Tile keys;
+      keys.blocks = blocks;
       float factor[kTileBlocks][2], gain[2], tile_top[2];
       UNROLL for (int b = 0; b < kTileBlocks; b++) {
-        tile.first_key[b] = facts.id[b] * kBlockK;
+        keys.first_key[b] = facts.id[b] * kBlockK;
         UNROLL for (int h = 0; h < 2; h++) factor[b][h] = item_facts.q_scale[mine + h * 8] * facts.scale[b];
       }
-      if (has_edge(p, tile, row & ~63)) {
-        mask_scores(p, acc, factor, tile, p.bias2 + (kMasked ? item_facts.item.batch * ((p.s_k + kBlockK - 1) / kBlockK) * kBlockK : 0), row);
+      if (has_edge(p, keys, row & ~63)) {
+        mask_scores(p, acc, factor, keys, p.bias2 + (kMasked ? item_facts.item.batch * ((p.s_k + kBlockK - 1) / kBlockK) * kBlockK : 0), row);
         w.kept = any_lane(any_thread(kVote + warpgroup_again(), 128, tile_maxima<true>(acc, factor, threshold, rows, tile_top)));
         if (w.kept) weigh<true>(acc, factor, tile_top, rows, w.weights, w.decay, gain);
       } else {
@@ -254,45 +250,45 @@ DEVICE void consume(const AttentionParams& p, int warpgroup) {
     auto take_turn = [&]() { sync_threads(kTurn + warpgroup_again(), 256); };
     auto pass_turn = [&]() { arrive_threads(kTurn + 1 - warpgroup_again(), 256); };
     auto free_stage = [&] {
-      if (is_first_lane()) barrier_arrive(empty(stage.at()));
+      if (is_first_lane()) barrier_arrive(empty(stage_of(tile)));
     };
 
     if (tiles > 0) {
       Weighed now;
-      barrier_wait(full(stage.at()), stage.parity());
+      barrier_wait(full(stage_of(tile)), parity_of(tile));
       wgmma_fence();
-      multiply_keys(acc, q(), place_of_k(stage.at()));
+      multiply_keys(acc, q(), place_of_k(stage_of(tile)));
       wgmma_commit();
       wgmma_wait<0>();
       const int blocks_of_last = (count - 1) % kTileBlocks + 1;
-      if (kOverlap) softmax(tiles > 1 ? kTileBlocks : blocks_of_last, stage.at(), now);
+      if (kOverlap) softmax(tiles > 1 ? kTileBlocks : blocks_of_last, stage_of(tile), now);
       for (int left = tiles - 1;; left--) {
-        const Ring<kStages> next = {stage.count + 1};
-        if (!kOverlap) softmax(left > 0 ? kTileBlocks : blocks_of_last, stage.at(), now);
+        const int next = stage_of(tile + 1);
+        if (!kOverlap) softmax(left > 0 ? kTileBlocks : blocks_of_last, stage_of(tile), now);
         if (left == 0) break;
         if constexpr (kOverlap) {
           float product[kLastTiles][4];
           Weighed after;
           if (!now.kept) nothing(now);
-          barrier_wait(full(next.at()), next.parity());
+          barrier_wait(full(next), parity_of(tile + 1));
           wgmma_fence();
-          multiply_keys(acc, q(), place_of_k(next.at()));
+          multiply_keys(acc, q(), place_of_k(next));
           wgmma_commit();
           if constexpr (kParts == 2) {
             float first[kPartTiles][4];
-            multiply_values(first, now.weights, place_of_v(stage.at()), 0);
+            multiply_values(first, now.weights, place_of_v(stage_of(tile)), 0);
             wgmma_commit();
             wgmma_wait<0>();
             add_part(o, first, now.decay, 0);
             wgmma_fence();
-            multiply_values(product, now.weights, place_of_v(stage.at()), 1);
+            multiply_values(product, now.weights, place_of_v(stage_of(tile)), 1);
             wgmma_commit();
           } else {
-            multiply_values(product, now.weights, place_of_v(stage.at()), 0);
+            multiply_values(product, now.weights, place_of_v(stage_of(tile)), 0);
             wgmma_commit();
             wgmma_wait<1>();
           }
-          softmax(left > 1 ? kTileBlocks : blocks_of_last, next.at(), after);
+          softmax(left > 1 ? kTileBlocks : blocks_of_last, next, after);
           wgmma_wait<0>();
           free_stage();
           add_part(o, product, now.decay, kParts - 1);
@@ -300,21 +296,21 @@ DEVICE void consume(const AttentionParams& p, int warpgroup) {
           now = after;
         } else {
           take_turn();
-          barrier_wait(full(next.at()), next.parity());
+          barrier_wait(full(next), parity_of(tile + 1));
           if (now.kept) {
             float product[kLastTiles][4];
             wgmma_fence();
             if constexpr (kParts == 2) {
               float first[kPartTiles][4];
-              multiply_values(first, now.weights, place_of_v(stage.at()), 0);
+              multiply_values(first, now.weights, place_of_v(stage_of(tile)), 0);
               wgmma_commit();
               wgmma_wait<0>();
               add_part(o, first, now.decay, 0);
               wgmma_fence();
             }
-            multiply_values(product, now.weights, place_of_v(stage.at()), kParts - 1);
+            multiply_values(product, now.weights, place_of_v(stage_of(tile)), kParts - 1);
             wgmma_commit();
-            multiply_keys(acc, q(), place_of_k(next.at()));
+            multiply_keys(acc, q(), place_of_k(next));
             wgmma_commit();
             pass_turn();
             wgmma_wait<1>();
@@ -323,39 +319,39 @@ DEVICE void consume(const AttentionParams& p, int warpgroup) {
             add_sums(rows, product, now.decay);
           } else {
             wgmma_fence();
-            multiply_keys(acc, q(), place_of_k(next.at()));
+            multiply_keys(acc, q(), place_of_k(next));
             wgmma_commit();
             pass_turn();
             free_stage();
           }
           wgmma_wait<0>();
         }
-        stage.count++;
+        tile++;
       }
       if (now.kept) {
         float product[kLastTiles][4];
         wgmma_fence();
         if constexpr (kParts == 2) {
           float first[kPartTiles][4];
-          multiply_values(first, now.weights, place_of_v(stage.at()), 0);
+          multiply_values(first, now.weights, place_of_v(stage_of(tile)), 0);
           wgmma_commit();
           wgmma_wait<0>();
           add_part(o, first, now.decay, 0);
           wgmma_fence();
         }
-        multiply_values(product, now.weights, place_of_v(stage.at()), kParts - 1);
+        multiply_values(product, now.weights, place_of_v(stage_of(tile)), kParts - 1);
         wgmma_commit();
         wgmma_wait<0>();
         add_part(o, product, now.decay, kParts - 1);
         add_sums(rows, product, now.decay);
       }
       free_stage();
-      stage.count++;
+      tile++;
     }
     const Item item = item_facts.item;
     sync_warp();  // all lanes have read the item's facts
-    if (is_first_lane()) barrier_arrive(q_empty(slot.at()));
-    slot.count++;
+    if (is_first_lane()) barrier_arrive(q_empty(slot_of(turn)));
+    turn++;
     const int row = (int)item.block_q * kBlockQ + row_in_block();
     UNROLL for (int h = 0; h < 2; h++) rows.real[h] = row + h * 8 < p.s_q;
     if ((thread_id_again() & 127) == 0 && row < p.s_q) {  // the warpgroup's first row
