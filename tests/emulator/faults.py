@@ -54,6 +54,7 @@ ATTENTION = [
     Fault("the causal edge is looked for a block late", MMA, "last_key > block_q * kBlockQ +", "last_key > block_q * kBlockQ + kBlockK +",
           attention("causal", 128, 0)),
     Fault("scale of another key block", MMA, "q_scale[h] * k_scale[id]", "q_scale[h] * k_scale[t]", ODD),
+    Fault("Q is read as if it were not swizzled", MMA, "chunk_of(kDim, group, 2 * i + half)", "(2 * i + half)", ODD),
     Fault("decay of the other row", MMA, "fused(o[2 * d + x][e], decay[e >> 1], to_float(", "fused(o[2 * d + x][e], decay[e & 1], to_float(", ODD),
     Fault("the missing half of a tile is seen", MMA, "bool missing = block >= tile.blocks;", "bool missing = false;", ODD),
     Fault("the missing half of V is not cleared", MMA, "} else if (kPv != kPvInt8) {", "} else if (kPv == kPvFp8) {",
@@ -90,6 +91,11 @@ PREPASS = [
     Fault("scores in natural units", PRE, "to_score = p.scale * kLog2E;", "to_score = p.scale;", FORMS),
     Fault("centre of another head", PRE, "batch * p.kv_heads + head / (p.heads / p.kv_heads)", "batch * p.kv_heads + head % p.kv_heads", UNLIKE),
     Fault("the centre stays in the keys", PRE, "channel_of(chunk[j], i) - shared.centre[channel + i] : 0;", "channel_of(chunk[j], i) : 0;", FORMS),
+    Fault("Q is stored unswizzled", PRE, "place_of(row, channel), x, scale", "channel, x, scale", FORMS),
+    Fault("K is stored unswizzled", PRE, "key * kDim + place_of(key, channel)", "key * kDim + channel", FORMS),
+    Fault("8-bit V is stored unswizzled", PRE, "chunk = chunk_of(kBlockK, row, i % kChunks)", "chunk = i % kChunks", FORMS),
+    Fault("fp16 V is stored unswizzled", PRE, "chunk_of(2 * kDim, key, channel / 8)", "channel / 8", prepass("forms", "float16", 64, "fp16", None)),
+    Fault("rows of 64 bytes are swizzled one by one", "layout.cuh", "(row >> 1) & 3", "row & 3", FORMS),
     Fault("a warp's maximum for the block's", PRE, "absmax = max_of(absmax, shared.absmax[i]);", "absmax = shared.absmax[i];", FORMS),
 ]  # fmt: skip
 

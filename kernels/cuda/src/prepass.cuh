@@ -515,7 +515,8 @@ DEVICE void key_block(const PrepassParams& p, int id, int n_k) {
   const int64_t stored = (int64_t)id * kBlockK;
   UNROLL for (int j = 0; j < kKeyRows; j++) {
     const int key = key_at_position(kKeyRows * slot + j);
-    store_int8(p.k8 + (stored + key) * kDim + place_of(key, channel), x[j], scale);
+    // 32 bits inside the block: a 64-bit place per row takes the registers of the third block on a multiprocessor.
+    store_int8(p.k8 + stored * kDim + (uint32_t)(key * kDim + place_of(key, channel)), x[j], scale);
   }
   // Only now that K has left its registers: three blocks fit on a multiprocessor, and one loads while another computes.
   load_keys(p, chunk, p.v, p.v_stride, batch, head, block);
