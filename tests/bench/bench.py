@@ -115,7 +115,7 @@ def checks(machines: dict, device: torch.device, short: bool) -> list[bench_chec
     found = []
     for pv, machine in machines.items():
         with bench_timing.using(machine):
-            found += bench_check.small(pv, device)
+            found += bench_check.small(pv, device, tiles=bench_check.tiles_of(machine))
             found.append(bench_check.long(pv, device))
     for check in found:
         if not check.good or "tokens" in check.name:

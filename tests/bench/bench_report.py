@@ -68,8 +68,8 @@ def binaries(machine, pvs: tuple[str, ...]) -> dict[str, str]:
 
 
 def file_name(result: dict) -> str:
-    """<gpu>.json; short runs and runs on a file's tensors have a name of their own."""
-    parts = (result["machine"]["gpu"], result["activations"] or "", "short" if result["short"] else "")
+    """<gpu>.json; other programs, short runs and runs on a file's tensors have a name of their own."""
+    parts = (result["machine"]["gpu"], result.get("program", ""), result["activations"] or "", "short" if result["short"] else "")
     return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-") + ".json"
 
 
