@@ -70,7 +70,7 @@ static_assert(sizeof(Control) <= 2048, "kernels/config.py reserves 2048 bytes");
 constexpr int kTurn = 1, kVote = 3;
 
 // Tile n lies in stage n % kStages; the parity of its round is what barriers tell rounds by. Items and slots the same.
-DEVICE int stage_of(int tile) { return (uint32_t)tile % kStages; }
+DEVICE int stage_of(int tile) { return tile % kStages; }
 DEVICE int parity_of(int tile) { return (uint32_t)tile / kStages & 1; }
 DEVICE int slot_of(int turn) { return (uint32_t)turn % kSlots; }
 DEVICE int slot_parity_of(int turn) { return (uint32_t)turn / kSlots & 1; }

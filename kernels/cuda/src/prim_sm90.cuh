@@ -81,10 +81,10 @@ DEVICE void take_registers() {
 template <int kRowBytes>
 DEVICE uint64_t matrix_descriptor(uint32_t shared) {
   static_assert(kRowBytes == 64 || kRowBytes == 128, "rows of 64 or 128 bytes");
-  return (uint64_t)((shared & 0x3ffff) >> 4) | (uint64_t)1 << 16 | (uint64_t)(8 * kRowBytes >> 4) << 32 | (uint64_t)(kRowBytes == 128 ? 1 : 2) << 62;
+  return (uint64_t)((shared >> 4) + (1 << 16)) | (uint64_t)(8 * kRowBytes >> 4) << 32 | (uint64_t)(kRowBytes == 128 ? 1 : 2) << 62;
 }
 // The operand `bytes` further on: whole groups of 8 rows, and a multiple of 32 for the k-step. All must lie in the first 256 KB of shared memory.
-DEVICE uint64_t at_byte(uint64_t descriptor, int bytes) { return descriptor + (uint64_t)(bytes >> 4); }
+DEVICE uint64_t at_byte(uint64_t descriptor, int bytes) { return descriptor >> 32 << 32 | ((uint32_t)descriptor + (bytes >> 4)); }
 // Before the first product after registers of c or a were written.
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 // Closes the group of the products so far (it may be empty).
