@@ -168,8 +168,8 @@ class Library:
         threads : int
             Threads per block, at most the number given to KERNEL.
         seed : int
-            Order in which blocks, warps and lanes run. Under even seeds every asynchronous copy lands as late as it may, under odd ones half of
-            them land at once.
+            Order in which blocks, warps and lanes run. Under even seeds every asynchronous copy or product comes to its end as late as it may, under
+            odd ones some do early.
         limit : float
             Seconds after which the launch counts as hung.
 

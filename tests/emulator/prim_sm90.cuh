@@ -7,7 +7,6 @@
 #include "runtime_sm90.h"
 
 DEVICE int thread_id_again() { return thread_id(); }
-DEVICE int max_of_three(int a, int b, int c) { return max_of(max_of(a, b), c); }
 
 // ---- barriers and bulk copies ------------------------------------------------------------------------------------------------------------------
 

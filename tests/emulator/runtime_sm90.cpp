@@ -391,6 +391,8 @@ void async_block_ends() {
     if (b.bytes)
       fail("the barrier %u of %s:%d expects %ld bytes more than were copied", b.address, base_name(b.site.file), b.site.line, (long)b.bytes);
   }
+  for (int i = 0; i < kNamedBarriers; i++)
+    if (s.named[i].arrived) fail("%d threads have come to hardware barrier %d, of %d, in vain", s.named[i].arrived, i, s.named[i].threads);
   const int threads = block->launch->threads;
   int registers = 0;
   for (int i = 0; i < threads / kGroup; i++) registers += s.groups[i].registers * kGroup;

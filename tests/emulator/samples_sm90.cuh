@@ -265,6 +265,7 @@ KERNEL(misuse_hardware, 256, SampleParams) {
   }
   if (w == 7 && t % 2) sync_threads(1, 64);
   if (w == 8 && t < 128) sync_threads(1, 256);
+  if (w == 16 && t >= 128) arrive_threads(1, 256);
   if (w == 9) keep_registers<20>();
   if (w == 10) keep_registers<36>();
   if (w == 11) keep_registers<256>();

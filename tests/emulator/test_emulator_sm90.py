@@ -180,6 +180,7 @@ def test_misuse_of_barriers(which, n, message, seed):
         pytest.param(7, f"hardware barrier 1 at {LINE}: only some lanes of a warp have come", id="half-a-warp"),
         pytest.param(8, r"no thread can go on\n  hardware barrier 1: 128 of 256 threads are there.*threads 128-255 have ended",
                      id="ended-before"),
+        pytest.param(16, "128 threads have come to hardware barrier 1, of 256, in vain", id="nobody-waits"),
         pytest.param(9, f"20 registers at {LINE}: they are multiples of 8 from 24 to 256", id="20-registers"),
         pytest.param(10, f"36 registers at {LINE}", id="36-registers"),
         pytest.param(11, f"keeps registers at {LINE}: the threads have 248, not 256 or more", id="keeps-more"),
