@@ -43,38 +43,41 @@ DROPS = attention("tiles_far_below_are_dropped_as_the_reference_drops_them", 64,
 FORMS = prepass("forms", "float16", 64, "int8", "bool")
 UNLIKE = prepass("lengths_of_q_and_k_differ")
 
-MMA, PRE, SELECT = "attention_mma.cuh", "prepass.cuh", "select.cuh"
+MMA, SOFTMAX, EPILOGUE = "attention_mma.cuh", "softmax.cuh", "epilogue.cuh"
+PRE, SELECT, LAYOUT = "prepass.cuh", "select.cuh", "layout.cuh"
 
 ATTENTION = [
     Fault("tiles are used before they have landed", MMA, "    copy_async_wait<kStages - 2>();\n", "", ODD),
     Fault("the wait lets go one tile early", MMA, "copy_async_wait<kStages - 2>", "copy_async_wait<kStages - 1>", ODD),
     Fault("no barrier around a tile", MMA, "sync_block();  // tile t is there", "// tile t is there", ORDER),
-    Fault("one key past the end is seen", MMA, "missing || key >= p.s_k ||", "missing || key > p.s_k ||", attention("lengths", 17, 65)),
-    Fault("the causal edge hides the row's own key", MMA, "key > row + (e >> 1) * 8", "key >= row + (e >> 1) * 8", attention("causal", 64, 0)),
-    Fault("the causal edge is looked for a block late", MMA, "last_key > block_q * kBlockQ +", "last_key > block_q * kBlockQ + kBlockK +",
+    Fault("one key past the end is seen", SOFTMAX, "missing || key >= p.s_k ||", "missing || key > p.s_k ||", attention("lengths", 17, 65)),
+    Fault("the causal edge hides the row's own key", SOFTMAX, "key > row + (e >> 1) * 8", "key >= row + (e >> 1) * 8", attention("causal", 64, 0)),
+    Fault("the causal edge is looked for a block late", SOFTMAX, "last_key > first_row +", "last_key > first_row + kBlockK +",
           attention("causal", 128, 0)),
     Fault("scale of another key block", MMA, "q_scale[h] * k_scale[id]", "q_scale[h] * k_scale[t]", ODD),
     Fault("Q is read as if it were not swizzled", MMA, "chunk_of(kDim, group, 2 * i + half)", "(2 * i + half)", ODD),
     Fault("decay of the other row", MMA, "fused(o[2 * d + x][e], decay[e >> 1], to_float(", "fused(o[2 * d + x][e], decay[e & 1], to_float(", ODD),
-    Fault("the missing half of a tile is seen", MMA, "bool missing = block >= tile.blocks;", "bool missing = false;", ODD),
+    Fault("the missing half of a tile is seen", SOFTMAX, "bool missing = block >= tile.blocks;", "bool missing = false;", ODD),
     Fault("the missing half of V is not cleared", MMA, "} else if (kPv != kPvInt8) {", "} else if (kPv == kPvFp8) {",
           attention("every_variant_on_odd_lengths", 64, "fp16", False)),
-    Fault("lanes of a warp decide each for itself", MMA, "if (!any_lane(needed)) return false;", "if (!needed) return false;", DROPS),
+    Fault("lanes of a warp decide each for itself", MMA, "kept = any_lane(tile_maxima<false>(acc, factor, threshold, rows, tile_top));",
+          "kept = tile_maxima<false>(acc, factor, threshold, rows, tile_top);", DROPS),
     Fault("warps past the last row are counted", MMA, "if (lane == 0 && rows.real[0]) {", "if (lane == 0) {", DROPS),
-    Fault("rows past the end keep a tile", MMA, "needed |= rows.real[h] && !(", "needed |= !(", DROPS),
-    Fault("blocks are counted for tiles", MMA, "p.skips + 2 * head_of_batch + 1, tiles);", "p.skips + 2 * head_of_batch + 1, count);", DROPS),
-    Fault("both rows of a lane go to the place of the first", MMA, "rows.real[h] ? p.perm[here] : here", "rows.real[h] ? p.perm[row] : here", PERM),
-    Fault("the LSE's shift is read in the caller's order", MMA, "lse_shift[head_of_batch * p.s_q + here]", "lse_shift[head_of_batch * p.s_q + token]",
+    Fault("rows past the end keep a tile", SOFTMAX, "needed |= rows.real[h] && !(", "needed |= !(", DROPS),
+    Fault("blocks are counted for tiles", MMA, "item.head_of_batch + 1, tiles);", "item.head_of_batch + 1, count);", DROPS),
+    Fault("both rows of a lane go to the place of the first", EPILOGUE, "rows.real[h] ? p.perm[here] : here", "rows.real[h] ? p.perm[row] : here",
           PERM),
-    Fault("32-bit offsets of the output", MMA, "int64_t at = batch * p.out_stride.batch", "int at = batch * p.out_stride.batch",
+    Fault("the LSE's shift is read in the caller's order", EPILOGUE, "lse_shift[item.head_of_batch * p.s_q + here]",
+          "lse_shift[item.head_of_batch * p.s_q + token]", PERM),
+    Fault("32-bit offsets of the output", EPILOGUE, "int64_t at = item.batch * p.out_stride.batch", "int at = item.batch * p.out_stride.batch",
           attention("outputs_are_addressed_in_64_bits")),
-    Fault("bias of the first block for all", MMA, "score += bias2[key];", "score += bias2[key - tile.first_key[block]];",
+    Fault("bias of the first block for all", SOFTMAX, "score += bias2[key];", "score += bias2[key - tile.first_key[block]];",
           attention("key_biases", 64)),
-    Fault("the row sum misses two lanes", MMA, "sum += shuffle_xor(sum, 2);", "sum += shuffle_xor(sum, 1);", ODD),
-    Fault("the skipped state joins unweighted", MMA, "value[i] = fused(skipped, pooled, value[i]);", "value[i] += skipped;",
+    Fault("the row sum misses two lanes", EPILOGUE, "sum += shuffle_xor(sum, 2);", "sum += shuffle_xor(sum, 1);", ODD),
+    Fault("the skipped state joins unweighted", EPILOGUE, "value[i] = fused(skipped, pooled, value[i]);", "value[i] += skipped;",
           attention("the_state_of_skipped_blocks_joins_at_the_end", 64, "int8")),
-    Fault("keys of another head", MMA, "batch * p.kv_heads + head / (p.heads / p.kv_heads)", "batch * p.kv_heads + head % p.kv_heads",
-          Check("test_whole_call", "test_block_masks_with_empty_and_full_rows", (64, (2, 4)))),
+    Fault("keys of another head", EPILOGUE, "item.batch * p.kv_heads + item.head / (p.heads / p.kv_heads)",
+          "item.batch * p.kv_heads + item.head % p.kv_heads", Check("test_whole_call", "test_block_masks_with_empty_and_full_rows", (64, (2, 4)))),
 ]  # fmt: skip
 
 PREPASS = [
@@ -95,7 +98,7 @@ PREPASS = [
     Fault("K is stored unswizzled", PRE, "key * kDim + place_of(key, channel)", "key * kDim + channel", FORMS),
     Fault("8-bit V is stored unswizzled", PRE, "chunk = chunk_of(kBlockK, row, i % kChunks)", "chunk = i % kChunks", FORMS),
     Fault("fp16 V is stored unswizzled", PRE, "chunk_of(2 * kDim, key, channel / 8)", "channel / 8", prepass("forms", "float16", 64, "fp16", None)),
-    Fault("rows of 64 bytes are swizzled one by one", "layout.cuh", "(row >> 1) & 3", "row & 3", FORMS),
+    Fault("rows of 64 bytes are swizzled one by one", LAYOUT, "(row >> 1) & 3", "row & 3", FORMS),
     Fault("a warp's maximum for the block's", PRE, "absmax = max_of(absmax, shared.absmax[i]);", "absmax = shared.absmax[i];", FORMS),
 ]  # fmt: skip
 
