@@ -223,7 +223,8 @@ def hopper_candidates(dim: int) -> tuple[HopperConfig, ...]:
     few, some, many = {64: (4, 6, 8), 128: (3, 4, 5)}[dim]
     shapes = [(2, False, False, few), (2, False, False, some), (2, False, False, many), (3, False, False, few)]
     shapes += [(2, False, True, some), (2, True, True, some)]
-    return tuple(HopperConfig(blocks, ones, overlap, split, 0, stages) for ones in (True, False) for blocks, overlap, split, stages in shapes)
+    found = [HopperConfig(blocks, ones, overlap, split, 0, stages) for ones in (True, False) for blocks, overlap, split, stages in shapes]
+    return (*found, HopperConfig(2, True, False, False, 8, some))
 
 
 def hopper_shared(dim: int, chosen: HopperConfig) -> int:

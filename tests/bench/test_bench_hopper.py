@@ -115,7 +115,7 @@ def test_candidates_stand_in_for_the_shipped_kernel():
     launches = []
     stub.launch = lambda kernel, grid, threads, shared, params, stream: launches.append((kernel.origin, threads, shared))
     found = bench_hopper.candidates(stub, short=False)
-    assert len(found) == 12 and [candidate.chosen[128] for candidate in found.values()] == list(config.hopper_candidates(128))
+    assert len(found) == 13 and [candidate.chosen[128] for candidate in found.values()] == list(config.hopper_candidates(128))
     assert set(bench_hopper.candidates(stub, short=True)) < set(found)
     q = torch.zeros(1, 1, 300, 64).half()
     for label, candidate in found.items():

@@ -245,7 +245,7 @@ def test_forms_of_p_and_v():
 def test_hoppers_configurations(dim, nbytes):
     chosen, candidates = config.hopper_config(dim), config.hopper_candidates(dim)
     variants = [config.hopper_variant(dim, False, c) for c in candidates]
-    assert chosen in candidates and len({v.name for v in variants}) == len({v.defines for v in variants}) == len(candidates) == 12
+    assert chosen in candidates and len({v.name for v in variants}) == len({v.defines for v in variants}) == len(candidates) == 13
     assert all(config.hopper_shared(dim, c) == v.shared <= config.HOPPER_SHARED for c, v in zip(candidates, variants, strict=True))
     assert config.hopper_shared(dim, chosen) == nbytes
     assert {(c.tile_blocks, c.overlap, c.split) for c in candidates} == {(2, False, False), (3, False, False), (2, False, True), (2, True, True)}
