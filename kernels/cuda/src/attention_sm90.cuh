@@ -100,6 +100,7 @@ DEVICE void produce(const AttentionParams& p, int blocks_q) {
     int index = shuffle(lane == 0 ? atomic_add(p.counter, 1) : 0, 0);
     const bool over = index >= items;
     barrier_wait(q_empty(slot_of(turn)), slot_parity_of(turn) ^ 1);
+    sync_warp();  // a lane that waited on while this item came and went would miss the phase
     if (over) {
       if (lane == 0) {
         control().item[slot_of(turn)].count = -1;
@@ -143,6 +144,7 @@ DEVICE void produce(const AttentionParams& p, int blocks_q) {
           scale[b] = shuffle(my_scale, b < blocks ? i + b : i);
         }
         barrier_wait(empty(stage_of(tile)), parity_of(tile) ^ 1);
+        sync_warp();  // as above
         if (lane == 0) {
           uint32_t barrier = full(stage_of(tile));
           UNROLL for (int b = 0; b < kTileBlocks; b++) {
