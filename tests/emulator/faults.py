@@ -80,7 +80,8 @@ ATTENTION = [
     Fault("the skipped state joins unweighted", EPILOGUE, "value[i] = fused(skipped, pooled, value[i]);", "value[i] += skipped;",
           attention("the_state_of_skipped_blocks_joins_at_the_end", "mma", "int8", 64)),
     Fault("keys of another head", EPILOGUE, "item.batch * p.kv_heads + item.head / (p.heads / p.kv_heads)",
-          "item.batch * p.kv_heads + item.head % p.kv_heads", Check("test_whole_call", "test_block_masks_with_empty_and_full_rows", (64, (2, 4)))),
+          "item.batch * p.kv_heads + item.head % p.kv_heads",
+          Check("test_whole_call", "test_block_masks_with_empty_and_full_rows", ("int8", 64, (2, 4)))),
 ]  # fmt: skip
 
 PREPASS = [
@@ -161,6 +162,8 @@ ATTENTION_HOPPER = [
     Fault("the barrier expects too many bytes", HOPPER, "blocks * kBytesK + kTileBlocks * kBytesV", "kTileBlocks * (kBytesK + kBytesV)", H_ODD),
     Fault("the next chunk of a list is the same again", HOPPER, "entry(chunk + kChunk + lane)", "entry(chunk + lane)", H_LONG),
     Fault("the sequence of another head", HOPPER, "p.sequence[index]", "p.sequence[rank]", H_SEQUENCE),
+    Fault("items are counted on from the last call", SELECT, "if (task == 0 && p.counter != nullptr) *p.counter = 0;", "",
+          Check("test_whole_call", "test_shapes", (1, 2, 1, 200, 200, 64, "sm90", 1))),
     Fault("chunks of K lie one after the other", HOPPER, "at_byte(b, 32 * i)", "at_byte(b, 0)", H_ODD),
     Fault("the second half of a block's V is the first", HOPPER, "+ (g % 2) * 32)", ")", H_ODD),
     Fault("ones lie where the next block's V lies", HOPPER, "place * kPlaceV + kBytesV))[word]", "place * kBytesV + kBytesV))[word]", H_ODD),
