@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: help setup test test-install demo serve bench bench-torch bench-monitor clean
+.PHONY: help setup test test-install demo serve bench bench-models bench-torch bench-monitor clean
 
 help:
 	@echo "make demo         sample a tiny video model dense and sparse in a real ComfyUI, print the comparison, save the pictures"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-install  the pack through comfy-cli and ComfyUI-Manager, which are installed from PyPI for that"
 	@echo "make bench        the cuda backend on this NVIDIA GPU: checked, then timed against PyTorch and every installed peer; SHORT=1 takes a minute,"
 	@echo "                  ACTIVATIONS=file.safetensors times the q, k, v in a file; without a GPU: what a call costs on the host"
+	@echo "make bench-models whole Wan, HunyuanVideo, Mochi and Flux with random weights on this GPU, dense and sparse; MODELS=wan14b,flux picks some"
 	@echo "make bench-torch  the torch backend against PyTorch's dense attention on this CPU"
 	@echo "make bench-monitor  what the node Sparge Monitor costs per sampling step, on this CPU"
 	@echo "make clean        remove what the others made"
@@ -35,6 +36,9 @@ serve: setup
 
 bench: setup
 	@$(RUN) tests/bench/bench.py $(if $(SHORT),--short) $(if $(ACTIVATIONS),--activations "$(ACTIVATIONS)")
+
+bench-models: setup
+	@$(RUN) tests/bench/bench_models.py $(if $(MODELS),--models "$(MODELS)")
 
 bench-torch: setup
 	@$(RUN) tests/bench/bench_torch.py

@@ -1,4 +1,5 @@
-"""The backend on NVIDIA GPUs: four launches a call (statistics, pre-pass, selection, attention), one workspace, nothing read back.
+"""The backend on NVIDIA GPUs: four launches a call (statistics, pre-pass, selection, attention), one workspace, nothing read back. Hopper's own
+attention kernel takes a fifth, which puts the query blocks into order, where their lists may differ in length.
 
 8-bit: INT8 Q and K, P and V as the machine's `pv` says. Memory beyond what is returned, in bytes per element with head_dim rounded up to 64 or 128:
 1.3 for q, 1.2 for k and 1 for v (fp16 V: 2) in their quantised and pooled forms, and the scores of 64 query pools for every multiprocessor twice.
@@ -59,7 +60,7 @@ def status() -> tuple[bool, str]:
             usual = _variants(machine.arch, _LARGEST_DIM, "float16", machine.pv, False)
             text = machine.missing(usual)
             if text is None:
-                available, text = True, f"{machine.arch}, {machine.kernel(usual[2], usual[2].symbols[0]).origin}"
+                available, text = True, f"{machine.arch}, {machine.kernel(usual[2], usual[2].symbols[0]).origin}{machine.note}"
         told.append(f"{torch.cuda.get_device_name(index)}: {text}")
     return available, "; ".join(told)
 
@@ -131,11 +132,21 @@ def _machine(index: int) -> tuple[Machine | None, str | None]:
         name = torch.cuda.get_device_name(index)
         return None, f"it needs an RTX 30 series, A100 or newer GPU (compute capability 8.0), this {name} has {major}.{minor}"
     arch = f"sm_{major}{minor}"
-    pv = environment.pv() or config.pv_for(arch)
     reason = driver.why_not(arch)
-    if reason is None and pv == "fp8" and not config.has_fp8(arch):
-        reason = f"SPARGE_PV is fp8, which these kernels have for sm_89 and sm_120 only, this GPU is {arch}; set int8 or fp16, or unset it"
-    return (None, reason) if reason is not None else (Machine(index, arch, pv), None)
+    if reason is None and environment.pv() not in (None, *config.forms(arch)):
+        reason = f"SPARGE_PV is fp8, which these kernels have for sm_89, sm_90 and sm_120 only, this GPU is {arch}; set int8 or fp16, or unset it"
+    return (None, reason) if reason is not None else (Machine(index, arch, *_form(index, arch)), None)
+
+
+def _form(index: int, arch: str) -> tuple[str, str]:
+    """How P and V are held on a GPU, and what the status adds to it: that the kernel of the best form cannot be had."""
+    asked = environment.pv()
+    best = asked or config.pv_for(arch)
+    if asked is None and config.on_hopper_kernel(arch, best):
+        reason = loader.why_not(index, tuple(config.attention_variant(arch, dim, best, masked) for dim in config.DIMS for masked in (False, True)))
+        if reason is not None:
+            return config.PV_EVERYWHERE, f"; P and V are {config.PV_EVERYWHERE}, because of {best} there is {reason}"
+    return best, ""
 
 
 class Machine:
@@ -147,12 +158,14 @@ class Machine:
         "sm_86".
     pv : str
         How P and V are held, one of `config.PV`.
+    note : str
+        What a report adds to the attention kernel's origin.
     processors : int
         Multiprocessors.
     """
 
-    def __init__(self, index: int, arch: str, pv: str):
-        self.index, self.arch, self.pv = index, arch, pv
+    def __init__(self, index: int, arch: str, pv: str, note: str = ""):
+        self.index, self.arch, self.pv, self.note = index, arch, pv, note
         self.processors = torch.cuda.get_device_properties(index).multi_processor_count
 
     def missing(self, variants: tuple[config.Variant, ...]) -> str | None:
@@ -162,9 +175,9 @@ class Machine:
     def kernel(self, variant: config.Variant, symbol: str) -> driver.Kernel:
         return loader.kernel(self.index, variant, symbol)
 
-    def launch(self, kernel: driver.Kernel, grid: int, shared: int, params, stream: int) -> None:
+    def launch(self, kernel: driver.Kernel, grid: int, threads: int, shared: int, params, stream: int) -> None:
         """Puts one kernel on a stream."""
-        driver.launch(kernel, grid, config.THREADS, shared, params, stream)
+        driver.launch(kernel, grid, threads, shared, params, stream)
 
     def here(self):
         """A context in which this GPU is the current one."""
@@ -187,12 +200,15 @@ class _Work:
         shape, dtype = blocks_form(call, rule)
         judged = rule is not None and _judged(rule)
         pv = machine.pv
+        drawn = attend and config.on_hopper_kernel(machine.arch, pv)
+        # A share of the blocks that is the same for all rows gives lists of one length, but for those of rows that keep everything.
+        sequenced = drawn and shape[2] > 1 and (rule is None or rule.cdf is not None or judged)
         self.variants = _variants(machine.arch, config.padded_dim(call.dim), _DTYPES[call.dtype], pv, call.masked)
         self.layout = workspace.plan(
             workspace.Problem(
                 call.batch, call.heads, call.kv_heads, call.s_q, call.s_k, call.dim, _DTYPES[call.dtype], pv, shape[-1], q.stride(), k.stride(),
                 v.stride(), call.causal, call.causal_offset, rule is not None and rule.score == "subblock", call.smooth_k, judged, call.compensate,
-                call.want_lse, key_mask is not None, machine.processors,
+                call.want_lse, key_mask is not None, drawn, sequenced, machine.processors,
             )
         )  # fmt: skip
         device = q.device
@@ -258,7 +274,13 @@ class _Work:
         lse = _empty((call.batch, call.heads, call.s_q) if call.want_lse else (0,), torch.float32, q.device)
         shift = self._row_shift() if call.compensate and not call.causal else None
         pv_heads = call.pvthreshd.to(torch.float32).contiguous() if isinstance(call.pvthreshd, Tensor) else None
-        p = self._params("sparge_attention_mma")
+        _, selection, attention = self.variants
+        if "sequence" in self.layout.buffers:
+            p = self._params("sparge_sequence")
+            p.counts = self.counts.data_ptr()
+            self._launch(selection, "sparge_sequence", p, 0)
+        (symbol,) = attention.symbols
+        p = self._params(symbol)
         p.lists, p.counts, p.skips, p.out = self.lists.data_ptr(), self.counts.data_ptr(), self.skips.data_ptr(), out.data_ptr()
         p.out_stride.batch, p.out_stride.head, p.out_stride.token = out.stride()[:3]
         p.perm, p.top, p.row_shift, p.pv_heads = _pointer(call.perm), _pointer(self.top), _pointer(shift), _pointer(pv_heads)
@@ -266,8 +288,7 @@ class _Work:
             p.lse = lse.data_ptr()
         if pv_heads is None:
             p.pvthreshd = call.pvthreshd
-        attention = self.variants[2]
-        self._launch(attention, "sparge_attention_mma", p, attention.shared)
+        self._launch(attention, symbol, p, attention.shared)
         return out, lse
 
     def _row_shift(self) -> Tensor:
@@ -304,7 +325,7 @@ class _Work:
         return self.layout.params(symbol, self.base)
 
     def _launch(self, variant: config.Variant, symbol: str, params, shared: int) -> None:
-        self.machine.launch(self.machine.kernel(variant, symbol), self.layout.grids[symbol], shared, params, self.stream)
+        self.machine.launch(self.machine.kernel(variant, symbol), self.layout.grids[symbol], variant.threads, shared, params, self.stream)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -326,6 +347,6 @@ def _pointer(x: Tensor | None) -> int | None:
 @lru_cache(maxsize=256)
 def _variants(arch: str, dim: int, dtype: str, pv: str, masked: bool) -> tuple[config.Variant, config.Variant, config.Variant]:
     """The binaries of a call: statistics and pre-pass, selection, attention."""
-    names = (config.prepass_name(dim, dtype), config.select_name(dim), config.attention_name(dim, pv, masked))
     found = {variant.name: variant for variant in config.variants(arch)}
-    return tuple(found[name] for name in names)
+    attention = config.attention_variant(arch, dim, pv, masked)
+    return found[config.prepass_name(dim, dtype)], found[config.select_name(dim)], attention

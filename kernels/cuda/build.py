@@ -118,8 +118,10 @@ class Built:
     Attributes
     ----------
     arch : str
+        Whose devices it is for.
     variant : Variant
     program : nvrtc.Program
+        For `arch`, or for the variant's exact one.
     code : bytes
     """
 
@@ -159,16 +161,17 @@ def compile_all(
         With the compiler's words.
     """
     sources, work = sources.resolve(), work.resolve()
-    edges = [(arch, variant, nvrtc.program(variant.source, arch, variant.defines, sources)) for arch in archs for variant in variants(arch)]
+    listed = [(arch, variant) for arch in archs for variant in variants(arch)]
+    edges = [(arch, variant, nvrtc.program(variant.source, variant.target(arch), variant.defines, sources)) for arch, variant in listed]
     files = [work / arch / f"{variant.name}.cubin" for arch, variant, _ in edges]
     lines = ["ninja_required_version = 1.8", "rule compile", "  command = $line", "  description = $what", ""]
-    for (arch, variant, program), out in zip(edges, files, strict=True):
+    for (_, variant, program), out in zip(edges, files, strict=True):
         out.parent.mkdir(parents=True, exist_ok=True)
         needs = [*(sources / name for name, _ in program.files), *tool.depends]
         lines += [
             f"build {_path(out)}: compile | {' '.join(map(_path, needs))}",
             f"  line = {_command(tool.command(program, sources, out))}",
-            f"  what = {variant.name} for {arch}",
+            f"  what = {variant.name} for {program.arch}",
         ]
     (work / "build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
     done = subprocess.run([*_ninja(), "-C", str(work), *([f"-j{jobs}"] if jobs else [])], capture_output=True, text=True, errors="replace")
@@ -279,13 +282,13 @@ def complaints(built: Built) -> list[str]:
     Registers need no bound of their own: the declared number of threads is one for the compiler, which spills rather than break it.
     """
     found, variant = inspect(built.code), built.variant
-    where = f"{variant.name} for {built.arch}"
+    where = f"{variant.name} for {built.program.arch}"
     wrong = []
     if set(found) != set(variant.symbols):
         wrong.append(f"{where} has the kernels {sorted(found)}, expected {sorted(variant.symbols)}")
     for symbol, needs in found.items():
-        if needs.threads != config.THREADS:
-            wrong.append(f"{symbol} in {where} is declared for {needs.threads} threads, expected {config.THREADS}")
+        if needs.threads != variant.threads:
+            wrong.append(f"{symbol} in {where} is declared for {needs.threads} threads, expected {variant.threads}")
         if needs.local > variant.spill_bound:
             wrong.append(f"{symbol} in {where} uses {needs.local} bytes of local memory per thread, at most {variant.spill_bound} allowed")
     return wrong
@@ -298,6 +301,7 @@ def describe(built: Built) -> dict:
     """The manifest's entry for a compiled variant."""
     return {
         "file": f"{built.arch}/{built.variant.name}.cubin.z",
+        "arch": built.program.arch,
         "sha256": hashlib.sha256(built.code).hexdigest(),
         "source_sha256": built.program.digest,
         "symbols": {name: asdict(needs) for name, needs in sorted(inspect(built.code).items())},

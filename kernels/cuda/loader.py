@@ -127,13 +127,13 @@ class Loader:
         if isinstance(manifest, str):
             reasons.append(manifest)
             return
-        built = tuple(a for a, entries in manifest.items() if variant.name in entries)
-        fits = compatible(arch, built)
+        built = {variant.target(a): entries[variant.name] for a, entries in manifest.items() if variant.name in entries}
+        fits = compatible(arch, tuple(built))
         if not fits:
             reasons.append(f"no packaged binary runs on {arch} (there are some for {', '.join(sorted(built, key=_split)) or 'no GPU'})")
         for candidate in fits:
             try:
-                yield Binary(self._unpack(candidate, variant, manifest[candidate][variant.name]), candidate, f"packaged for {candidate}")
+                yield Binary(self._unpack(candidate, variant, built[candidate]), candidate, f"packaged for {candidate}")
             except (OSError, ValueError, KeyError, TypeError, zlib.error) as error:
                 reasons.append(f"the packaged binary for {candidate} cannot be used ({error}); reinstall the pack")
 
@@ -153,6 +153,9 @@ class Loader:
             return f"there are no packaged binaries, manifest.json cannot be read ({error}); reinstall the pack"
 
     def _compiled(self, arch: str, variant: Variant, reasons: list[str]) -> Iterator[Binary]:
+        if variant.exact and not compatible(arch, (variant.exact,)):
+            reasons.append(f"it cannot be compiled for {arch}, because its code is for {variant.exact} alone")
+            return
         seen = False
         for compiler in self.places.compilers():
             if isinstance(compiler, str):
@@ -161,7 +164,7 @@ class Loader:
             seen = True
             try:
                 # A compiler older than the GPU may know an architecture whose binaries run on it.
-                source = self._program(next(iter(compatible(arch, compiler.archs())), arch), variant)
+                source = self._program(variant.exact or next(iter(compatible(arch, compiler.archs())), arch), variant)
                 origin = f"compiled by NVRTC {compiler.version} for {source.arch}"
                 file = self._cache_file(variant, source, compiler)
                 kept = _read_cached(file, reasons)

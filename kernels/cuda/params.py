@@ -43,10 +43,16 @@ class SelectParams(ctypes.Structure):
     _fields_ = [
         *_fields("q_mean q_square k_mean k_variance q_pool_scale k_pool_scale k_weight q_sim k_sim v_mean bias2 forced_q forced_k"),
         *_fields("topk_heads cdf_heads sim_heads block_map", longs="map_batch map_head"),
-        *_fields("lists counts visible skips state scratch", longs="scratch_stride"),
+        *_fields("lists counts visible skips counter state scratch", longs="scratch_stride"),
         *_fields(floats="scale topk cdf sim", ints="batch heads kv_heads s_q s_k capacity"),
         *_fields(ints="subblock causal causal_offset row_in_shared shift"),
     ]
+
+
+class SequenceParams(ctypes.Structure):
+    """The order of a head's query blocks."""
+
+    _fields_ = _fields("counts sequence", ints="s_q")
 
 
 class AttentionParams(ctypes.Structure):
@@ -54,7 +60,7 @@ class AttentionParams(ctypes.Structure):
 
     _fields_ = [
         *_fields("q8 k8 v8 q_scale k_scale v_scale bias2 lists counts perm out", "out_stride"),
-        *_fields("lse lse_shift top pv_heads skips state row_shift", floats="pvthreshd"),
+        *_fields("lse lse_shift top pv_heads skips state row_shift counter sequence", floats="pvthreshd"),
         *_fields(ints="batch heads kv_heads s_q s_k dim capacity causal causal_offset out_type"),
     ]
 
@@ -63,6 +69,8 @@ SYMBOLS = {
     "sparge_statistics": StatisticsParams,
     "sparge_prepass": PrepassParams,
     "sparge_select": SelectParams,
+    "sparge_sequence": SequenceParams,
     "sparge_attention_mma": AttentionParams,
+    "sparge_attention_sm90": AttentionParams,
 }
 """Kernel -> its struct."""

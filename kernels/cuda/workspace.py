@@ -25,7 +25,8 @@ SCRATCH_ROWS = 64
 class Problem(NamedTuple):
     """All that the geometry of a call depends on; the letters are those of src/layout.cuh.
 
-    Strides are in elements. `judged`, `compensate`, `want_lse` and `masked` ask for buffers of their own. `processors`: multiprocessors.
+    Strides are in elements. `judged`, `compensate`, `want_lse` and `masked` ask for buffers of their own; so does `drawn`: attention's blocks draw
+    their items from a counter, and `sequenced`: those of a head by the length of their lists. `processors`: multiprocessors.
     """
 
     batch: int
@@ -48,6 +49,8 @@ class Problem(NamedTuple):
     compensate: bool
     want_lse: bool
     masked: bool
+    drawn: bool
+    sequenced: bool
     processors: int
 
 
@@ -134,6 +137,10 @@ def plan(problem: Problem) -> Layout:
         wanted["v_mean"], wanted["state"] = ((*kv, n_k, width), "float32"), ((*q, n_q, 4 + width), "float32")
     if p.want_lse:
         wanted["lse_shift"] = ((*q, p.s_q), "float32")
+    if p.drawn:
+        wanted["counter"] = ((1,), "int32")
+    if p.sequenced:
+        wanted["sequence"] = ((*q, n_q), "int16")
     buffers, end = {}, 0
     for name, (shape, dtype) in wanted.items():
         buffers[name] = (end, shape, dtype)
@@ -151,14 +158,16 @@ def plan(problem: Problem) -> Layout:
         names = [name for name, _ in struct._fields_]
         templates[symbol] = bytes(struct(**{name: value for name, value in sizes.items() if name in names}))
         inside[symbol] = tuple((name, buffers[name][0]) for name in names if name in buffers)
+    items = p.batch * p.heads * n_q
     grids = {
         "sparge_statistics": p.batch * p.kv_heads * splits, "sparge_prepass": p.batch * (p.heads * n_q + p.kv_heads * n_k),
-        "sparge_select": slots, "sparge_attention_mma": p.batch * p.heads * n_q,
+        "sparge_select": slots, "sparge_sequence": p.batch * p.heads, "sparge_attention_mma": items,
+        "sparge_attention_sm90": min(p.processors, items),
     }  # fmt: skip
     return Layout(end, buffers, grids, shared, splits, templates, inside)
 
 
-_BYTES = {"int8": 1, "float16": 2, "float32": 4, "int32": 4}
+_BYTES = {"int8": 1, "int16": 2, "float16": 2, "float32": 4, "int32": 4}
 
 
 def _splits(s_k: int, heads: int, processors: int) -> tuple[int, int]:

@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def on_gpu(options, device: torch.device, machine, about: dict, cost: dict) -> int:
     deadline = time.monotonic() + 40 if options.short else None
-    pvs = tuple(p for p in config.PV if any(v.name == config.attention_name(128, p, False) for v in config.variants(machine.arch)))
+    pvs = config.forms(machine.arch)
     machines = {p: machine if p == machine.pv else backend.Machine(device.index, machine.arch, p) for p in pvs}
     result = {
         "date": datetime.date.today().isoformat(), "commit": about["commit"], "short": options.short, "machine": about, "host": cost,
@@ -115,7 +115,7 @@ def checks(machines: dict, device: torch.device, short: bool) -> list[bench_chec
     found = []
     for pv, machine in machines.items():
         with bench_timing.using(machine):
-            found += bench_check.small(pv, device)
+            found += bench_check.small(pv, device, tiles=bench_check.tiles_of(machine))
             found.append(bench_check.long(pv, device))
     for check in found:
         if not check.good or "tokens" in check.name:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import sparge_kernels
 import torch
-from sparge_kernels import reference
+from sparge_kernels import config, reference
 from sparge_kernels.block_mask import BLOCK_K, BLOCK_Q
 from torch import Tensor
 
@@ -36,6 +36,9 @@ CASES = (
     ("fp16", torch.float16, 1, 2, 2, 257, 400, 128, {"topk": 0.5}),
     ("fp32, D 64", torch.float32, 1, 2, 2, 257, 400, 64, {"topk": 0.5}),
 )
+
+MMA_TILES = {64: (16, 128), 128: (16, 64)}
+"""Query rows and keys for which attention_mma.cuh decides at a time whether P V is worth it, by padded head size."""
 
 LONG = (2, 33 * 45 * 80 + 256, 128)  # heads, tokens, head size
 
@@ -62,17 +65,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **how) -> tuple[Tensor, Tensor, Tens
     return out, lse, info.kept
 
 
-def small(pv: str, device: torch.device, attend: Callable = attend) -> list[Check]:
+def tiles_of(machine, hopper: dict[int, config.HopperConfig] | None = None) -> dict[int, tuple[int, int]]:
+    """As MMA_TILES, for a machine's attention kernel; `hopper` by head size instead of the configurations that are shipped."""
+    if not config.on_hopper_kernel(machine.arch, machine.pv):
+        return MMA_TILES
+    return {dim: (64, 64 * (hopper[dim] if hopper else config.hopper_config(dim)).tile_blocks) for dim in config.DIMS}
+
+
+def small(pv: str, device: torch.device, attend: Callable = attend, tiles: dict[int, tuple[int, int]] = MMA_TILES) -> list[Check]:
     """Every small case with P and V held as `pv`: output, log-sum-exp and selection."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the reference's tensors are tiny: more threads only wait for each other, fifty times as long on a busy machine
     try:
-        return [check for case in CASES for check in _case(case, pv, device, attend)]
+        return [check for case in CASES for check in _case(case, pv, device, attend, tiles)]
     finally:
         torch.set_num_threads(threads)
 
 
-def _case(case: tuple, pv: str, device: torch.device, attend: Callable) -> list[Check]:
+def _case(case: tuple, pv: str, device: torch.device, attend: Callable, tiles: dict[int, tuple[int, int]]) -> list[Check]:
     name, dtype, b, h, h_kv, s_q, s_k, d, asked = case
     generator = torch.Generator().manual_seed(0)
     q = _clustered(generator, b, h, s_q, d).to(dtype)
@@ -82,15 +92,15 @@ def _case(case: tuple, pv: str, device: torch.device, attend: Callable) -> list[
         how["key_mask"] = _key_mask(generator, asked["key_mask"], b, s_k)
     on_device = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in how.items()}
     out, lse, kept = (x.cpu() for x in attend(q.to(device), k.to(device), v.to(device), **on_device))
-    return [Check(f"{name}, {part}, {pv}", *numbers) for part, numbers in _compare(q, k, v, out, lse, kept, pv, how).items()]
+    return [Check(f"{name}, {part}, {pv}", *numbers) for part, numbers in _compare(q, k, v, out, lse, kept, pv, how, tiles).items()]
 
 
-def _compare(q, k, v, out, lse, kept, pv, how) -> dict[str, tuple[float, float]]:
+def _compare(q, k, v, out, lse, kept, pv, how, tiles) -> dict[str, tuple[float, float]]:
     """Part -> (error, bound)."""
     common = {key: how[key] for key in ("causal", "key_mask") if key in how}
-    tile = 128 if q.shape[3] <= 64 else 64
+    rows, keys = tiles[config.padded_dim(q.shape[3])]
     exact, exact_lse, _ = reference.attention(q, k, v, kept, **common)
-    rounded, rounded_lse, _ = reference.attention(q, k, v, kept, **common, qk="int8", pv=pv, row_group=16, key_tile=tile, pvthreshd=15.0)
+    rounded, rounded_lse, _ = reference.attention(q, k, v, kept, **common, qk="int8", pv=pv, row_group=rows, key_tile=keys, pvthreshd=15.0)
     error, allowed = (out.double() - exact).abs(), (rounded - exact).abs()
     norm = exact.norm().clamp_min(1e-30)
     selected = sparge_kernels.select_blocks(q, k, topk=how.get("topk"), **common, backend="torch").to_dense()

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import sparge_kernels
 import torch
 from bench_timing import using
-from sparge_kernels import config
 from sparge_kernels.cuda import driver
 
 AIM_US = 40
@@ -42,8 +41,8 @@ class StubMachine:
             self.kernels[key] = driver.Kernel(symbol, 0, 0, 99 << 10, f"{variant.name}, a stub", self.driver)
         return self.kernels[key]
 
-    def launch(self, kernel, grid, shared, params, stream):
-        driver.launch(kernel, grid, config.THREADS, shared, params, stream)
+    def launch(self, kernel, grid, threads, shared, params, stream):
+        driver.launch(kernel, grid, threads, shared, params, stream)
 
     def here(self):
         return contextlib.nullcontext()

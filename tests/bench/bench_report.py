@@ -58,7 +58,7 @@ def machine(device: torch.device | None) -> dict:
 def binaries(machine, pvs: tuple[str, ...]) -> dict[str, str]:
     """Binary -> where it came from, or why there is none; of those that bf16 calls use."""
     names = {config.prepass_name(dim, "bfloat16") for dim in config.DIMS} | {config.select_name(dim) for dim in config.DIMS}
-    names |= {config.attention_name(dim, pv, masked) for dim in config.DIMS for pv in pvs for masked in (False, True)}
+    names |= {config.attention_variant(machine.arch, dim, pv, masked).name for dim in config.DIMS for pv in pvs for masked in (False, True)}
     found = {}
     for variant in config.variants(machine.arch):
         if variant.name in names:
@@ -68,8 +68,8 @@ def binaries(machine, pvs: tuple[str, ...]) -> dict[str, str]:
 
 
 def file_name(result: dict) -> str:
-    """<gpu>.json; short runs and runs on a file's tensors have a name of their own."""
-    parts = (result["machine"]["gpu"], result["activations"] or "", "short" if result["short"] else "")
+    """<gpu>.json; other programs, short runs and runs on a file's tensors have a name of their own."""
+    parts = (result["machine"]["gpu"], result.get("program", ""), result["activations"] or "", "short" if result["short"] else "")
     return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-") + ".json"
 
 
@@ -117,7 +117,9 @@ def _cells(row: dict) -> list[str]:
     parts = ["", "", "", ""]
     if kernels:
         before = kernels["sparge_statistics"] + kernels["sparge_prepass"]
-        parts = [_number(ms) for ms in (before, kernels["sparge_select"], kernels["sparge_attention_mma"])] + [f"{row['outside']:.1%}"]
+        select = kernels["sparge_select"] + kernels.get("sparge_sequence", 0.0)
+        attention = sum(ms for name, ms in kernels.items() if name.startswith("sparge_attention"))
+        parts = [_number(ms) for ms in (before, select, attention)] + [f"{row['outside']:.1%}"]
     return [row["call"], tokens, str(row["heads"]), str(row["dim"]), row["what"] + (f" ({row['note']})" if row["note"] else ""),
             f"{row['density']:.3f}", _number(ms["median"]), f"{_number(ms['low'])} to {_number(ms['high'])}", f"{row['tflops']:.0f}", *ratios,
             *parts, _number(row["error"])]  # fmt: skip

@@ -125,6 +125,6 @@ def split(clock: Clock, machine, call: Callable, *, rounds: int, warmup: int = 1
         for name, value in spent.items():
             parts.setdefault(name, []).append(value)
         whole.append(taken)
-        outside.append(1 - spent["sparge_attention_mma"] / taken)
+        outside.append(1 - sum(value for name, value in spent.items() if name.startswith("sparge_attention")) / taken)
     kernels = {name: statistics.median(values) for name, values in parts.items()}
     return {"kernels": kernels, "whole": statistics.median(whole), "outside": statistics.median(outside)}

@@ -61,9 +61,8 @@ def main() -> int:
     if machine is None:
         print(f"Nothing was run: {reason}.")
         return 0
-    pvs = (p for p in config.PV if any(v.name == config.attention_name(128, p, False) for v in config.variants(machine.arch)))
     wrong = []
-    for name, call in calls({p: backend.Machine(device.index, machine.arch, p) for p in pvs}, device):
+    for name, call in calls({p: backend.Machine(device.index, machine.arch, p) for p in config.forms(machine.arch)}, device):
         finite = bool(call().isfinite().all())
         print(f"{name}: {'ok' if finite else 'NOT FINITE'}", flush=True)
         wrong += [] if finite else [name]

@@ -307,7 +307,7 @@ def test_the_long_check_sees_a_wrong_block(monkeypatch):
 
 
 def test_no_speeds_after_a_failed_check(monkeypatch, capsys):
-    monkeypatch.setattr(bench_check, "small", lambda pv, device: [bench_check.Check("x", 2.0, 1.0)])
+    monkeypatch.setattr(bench_check, "small", lambda pv, device, tiles: [bench_check.Check("x", 2.0, 1.0)])
     monkeypatch.setattr(bench_check, "long", lambda pv, device: bench_check.Check("y", 0.0, 1.0))
     with pytest.raises(bench.Wrong, match="1 of 2 checks failed"):
         bench.checks({"int8": bench_host.StubMachine()}, CPU, short=True)
@@ -437,10 +437,10 @@ class Emulated(bench_host.StubMachine):
     def kernel(self, variant, symbol):
         return SimpleNamespace(variant=variant, name=symbol, origin=f"{variant.name}, emulated")
 
-    def launch(self, kernel, grid, shared, params, stream):
+    def launch(self, kernel, grid, threads, shared, params, stream):
         import emulator
 
-        emulator.library(kernel.variant).launch(kernel.name, grid, params, shared=shared)
+        emulator.library(kernel.variant).launch(kernel.name, grid, params, shared=shared, threads=threads)
         self.now[0] += LAUNCH_MS[kernel.name]
 
 

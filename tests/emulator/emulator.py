@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -29,6 +30,8 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+PRIMITIVES = {"prim.cuh": ("prim.cuh", "runtime.h"), "prim_sm90.cuh": ("prim_sm90.cuh", "runtime_sm90.h")}
+"""Sources of the kernels that this folder has a form of its own of, with the files that such a form consists of."""
 SOURCES = ROOT / "kernels" / "cuda" / "src"
 CACHE = ROOT / ".emulator"
 
@@ -105,14 +108,14 @@ def _build(name: str, flags: tuple[str, ...], files: dict[str, str], unit: str, 
 
 
 def _closure(source: Path) -> dict[str, Path]:
-    """The source and what it includes from kernels/cuda/src, by name; prim.cuh is the emulator's."""
+    """The source and what it includes from kernels/cuda/src, by name; the primitives are the emulator's."""
     found, queue = {}, [source]
     while queue:
         path = queue.pop()
         if path.name in found:
             continue
         found[path.name] = path
-        queue += [SOURCES / name for name in re.findall(r'#include\s*[<"]([\w.]+)[>"]', path.read_text()) if name != "prim.cuh"]
+        queue += [SOURCES / name for name in re.findall(r'#include\s*[<"]([\w.]+)[>"]', path.read_text()) if name not in PRIMITIVES]
     return found
 
 
@@ -165,8 +168,8 @@ class Library:
         threads : int
             Threads per block, at most the number given to KERNEL.
         seed : int
-            Order in which blocks, warps and lanes run. Under even seeds every asynchronous copy lands as late as it may, under odd ones half of
-            them land at once.
+            Order in which blocks, warps and lanes run. Under even seeds every asynchronous copy or product comes to its end as late as it may, under
+            odd ones some do early.
         limit : float
             Seconds after which the launch counts as hung.
 
@@ -229,8 +232,9 @@ def altered(file: str, old: str, new: str):
 @functools.cache
 def _runtime():
     """The launch function of the runtime, which is loaded once and holds the stacks that all libraries' threads run on."""
-    files = {f"host/{name}": (HERE / name).read_text() for name in ("prim.cuh", "runtime.h", "runtime.cpp")}
-    path = _build("runtime", (*_flags(), "-O3", "-shared"), files, "host/runtime.cpp", ".so")
+    names = (*itertools.chain(*PRIMITIVES.values()), "machine.h", "runtime.cpp", "runtime_sm90.cpp")
+    files = {f"host/{name}": (HERE / name).read_text() for name in names}
+    path = _build("runtime", (*_flags(), "-O3", "-shared", "host/runtime_sm90.cpp"), files, "host/runtime.cpp", ".so")
     launch = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL).emulator_launch
     pointer, long = ctypes.c_void_p, ctypes.c_int64
     what, how = [pointer, long, ctypes.c_int, long, pointer, long], [ctypes.c_uint64, ctypes.c_int, ctypes.c_double]
@@ -244,9 +248,10 @@ def _flags() -> tuple[str, ...]:
 
 @functools.cache
 def _library(variant, replace: tuple[tuple[str, str], ...], alterations: tuple[tuple[str, str, str], ...]) -> Library:
-    interface = {f"host/{name}": (HERE / name).read_text() for name in ("prim.cuh", "runtime.h")}
     source = SOURCES / variant.source
     texts = {name: path.read_text() for name, path in _closure(source).items()}
+    own = {"prim.cuh"} | {name for name in PRIMITIVES for text in texts.values() if f"<{name}>" in text}
+    interface = {f"host/{name}": (HERE / name).read_text() for used in sorted(own) for name in PRIMITIVES[used]}
     changes = [(set(texts), old, new) for old, new in replace]
     changes += [({file}, old, new) for file, old, new in alterations if file in texts]
     for where, old, new in changes:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from sparge_kernels import config
+
 
 class Check(NamedTuple):
     module: str
@@ -36,44 +38,50 @@ def select(name: str, *arguments) -> Check:
     return Check("test_select", f"test_{name}", arguments)
 
 
-ORDER = attention("a_bitwise_repeat_in_any_order")
-ODD = attention("every_variant_on_odd_lengths", 64, "int8", False)
-PERM = attention("results_go_back_to_the_callers_order")
-DROPS = attention("tiles_far_below_are_dropped_as_the_reference_drops_them", 64, "int8")
+ORDER = attention("a_bitwise_repeat_in_any_order", "mma")
+ODD = attention("every_variant_on_odd_lengths", "mma", "int8", 64, False)
+PERM = attention("results_go_back_to_the_callers_order", "mma")
+DROPS = attention("tiles_far_below_are_dropped_as_the_reference_drops_them", "mma", "int8", 64)
 FORMS = prepass("forms", "float16", 64, "int8", "bool")
 UNLIKE = prepass("lengths_of_q_and_k_differ")
 
-MMA, PRE, SELECT = "attention_mma.cuh", "prepass.cuh", "select.cuh"
+MMA, SOFTMAX, EPILOGUE = "attention_mma.cuh", "softmax.cuh", "epilogue.cuh"
+PRE, SELECT, LAYOUT = "prepass.cuh", "select.cuh", "layout.cuh"
 
 ATTENTION = [
     Fault("tiles are used before they have landed", MMA, "    copy_async_wait<kStages - 2>();\n", "", ODD),
     Fault("the wait lets go one tile early", MMA, "copy_async_wait<kStages - 2>", "copy_async_wait<kStages - 1>", ODD),
     Fault("no barrier around a tile", MMA, "sync_block();  // tile t is there", "// tile t is there", ORDER),
-    Fault("one key past the end is seen", MMA, "missing || key >= p.s_k ||", "missing || key > p.s_k ||", attention("lengths", 17, 65)),
-    Fault("the causal edge hides the row's own key", MMA, "key > row + (e >> 1) * 8", "key >= row + (e >> 1) * 8", attention("causal", 64, 0)),
-    Fault("the causal edge is looked for a block late", MMA, "last_key > block_q * kBlockQ +", "last_key > block_q * kBlockQ + kBlockK +",
-          attention("causal", 128, 0)),
+    Fault("one key past the end is seen", SOFTMAX, "missing || key >= p.s_k ||", "missing || key > p.s_k ||", attention("lengths", "mma", 17, 65)),
+    Fault("the causal edge hides the row's own key", SOFTMAX, "key > row + (e >> 1) * 8", "key >= row + (e >> 1) * 8",
+          attention("causal", "mma", 64, 0)),
+    Fault("the causal edge is looked for a block late", SOFTMAX, "last_key > first_row +", "last_key > first_row + kBlockK +",
+          attention("causal", "mma", 128, 0)),
     Fault("scale of another key block", MMA, "q_scale[h] * k_scale[id]", "q_scale[h] * k_scale[t]", ODD),
+    Fault("Q is read as if it were not swizzled", MMA, "chunk_of(kDim, group, 2 * i + half)", "(2 * i + half)", ODD),
     Fault("decay of the other row", MMA, "fused(o[2 * d + x][e], decay[e >> 1], to_float(", "fused(o[2 * d + x][e], decay[e & 1], to_float(", ODD),
-    Fault("the missing half of a tile is seen", MMA, "bool missing = block >= tile.blocks;", "bool missing = false;", ODD),
+    Fault("the missing half of a tile is seen", SOFTMAX, "bool missing = block >= tile.blocks;", "bool missing = false;", ODD),
     Fault("the missing half of V is not cleared", MMA, "} else if (kPv != kPvInt8) {", "} else if (kPv == kPvFp8) {",
-          attention("every_variant_on_odd_lengths", 64, "fp16", False)),
-    Fault("lanes of a warp decide each for itself", MMA, "if (!any_lane(needed)) return false;", "if (!needed) return false;", DROPS),
+          attention("every_variant_on_odd_lengths", "mma", "fp16", 64, False)),
+    Fault("lanes of a warp decide each for itself", MMA, "kept = any_lane(tile_maxima<false>(acc, factor, threshold, rows, tile_top));",
+          "kept = tile_maxima<false>(acc, factor, threshold, rows, tile_top);", DROPS),
     Fault("warps past the last row are counted", MMA, "if (lane == 0 && rows.real[0]) {", "if (lane == 0) {", DROPS),
-    Fault("rows past the end keep a tile", MMA, "needed |= rows.real[h] && !(", "needed |= !(", DROPS),
-    Fault("blocks are counted for tiles", MMA, "p.skips + 2 * head_of_batch + 1, tiles);", "p.skips + 2 * head_of_batch + 1, count);", DROPS),
-    Fault("both rows of a lane go to the place of the first", MMA, "rows.real[h] ? p.perm[here] : here", "rows.real[h] ? p.perm[row] : here", PERM),
-    Fault("the LSE's shift is read in the caller's order", MMA, "lse_shift[head_of_batch * p.s_q + here]", "lse_shift[head_of_batch * p.s_q + token]",
+    Fault("rows past the end keep a tile", SOFTMAX, "needed |= rows.real[h] && !(", "needed |= !(", DROPS),
+    Fault("blocks are counted for tiles", MMA, "item.head_of_batch + 1, tiles);", "item.head_of_batch + 1, count);", DROPS),
+    Fault("both rows of a lane go to the place of the first", EPILOGUE, "rows.real[h] ? p.perm[here] : here", "rows.real[h] ? p.perm[row] : here",
           PERM),
-    Fault("32-bit offsets of the output", MMA, "int64_t at = batch * p.out_stride.batch", "int at = batch * p.out_stride.batch",
-          attention("outputs_are_addressed_in_64_bits")),
-    Fault("bias of the first block for all", MMA, "score += bias2[key];", "score += bias2[key - tile.first_key[block]];",
-          attention("key_biases", 64)),
-    Fault("the row sum misses two lanes", MMA, "sum += shuffle_xor(sum, 2);", "sum += shuffle_xor(sum, 1);", ODD),
-    Fault("the skipped state joins unweighted", MMA, "value[i] = fused(skipped, pooled, value[i]);", "value[i] += skipped;",
-          attention("the_state_of_skipped_blocks_joins_at_the_end", 64, "int8")),
-    Fault("keys of another head", MMA, "batch * p.kv_heads + head / (p.heads / p.kv_heads)", "batch * p.kv_heads + head % p.kv_heads",
-          Check("test_whole_call", "test_block_masks_with_empty_and_full_rows", (64, (2, 4)))),
+    Fault("the LSE's shift is read in the caller's order", EPILOGUE, "lse_shift[item.head_of_batch * p.s_q + here]",
+          "lse_shift[item.head_of_batch * p.s_q + token]", PERM),
+    Fault("32-bit offsets of the output", EPILOGUE, "int64_t at = item.batch * p.out_stride.batch", "int at = item.batch * p.out_stride.batch",
+          attention("outputs_are_addressed_in_64_bits", "mma")),
+    Fault("bias of the first block for all", SOFTMAX, "score += bias2[key];", "score += bias2[key - tile.first_key[block]];",
+          attention("key_biases", "mma", 64)),
+    Fault("the row sum misses two lanes", EPILOGUE, "sum += shuffle_xor(sum, 2);", "sum += shuffle_xor(sum, 1);", ODD),
+    Fault("the skipped state joins unweighted", EPILOGUE, "value[i] = fused(skipped, pooled, value[i]);", "value[i] += skipped;",
+          attention("the_state_of_skipped_blocks_joins_at_the_end", "mma", "int8", 64)),
+    Fault("keys of another head", EPILOGUE, "item.batch * p.kv_heads + item.head / (p.heads / p.kv_heads)",
+          "item.batch * p.kv_heads + item.head % p.kv_heads",
+          Check("test_whole_call", "test_block_masks_with_empty_and_full_rows", ("int8", 64, (2, 4)))),
 ]  # fmt: skip
 
 PREPASS = [
@@ -90,7 +98,86 @@ PREPASS = [
     Fault("scores in natural units", PRE, "to_score = p.scale * kLog2E;", "to_score = p.scale;", FORMS),
     Fault("centre of another head", PRE, "batch * p.kv_heads + head / (p.heads / p.kv_heads)", "batch * p.kv_heads + head % p.kv_heads", UNLIKE),
     Fault("the centre stays in the keys", PRE, "channel_of(chunk[j], i) - shared.centre[channel + i] : 0;", "channel_of(chunk[j], i) : 0;", FORMS),
+    Fault("Q is stored unswizzled", PRE, "place_of(row, channel), x, scale", "channel, x, scale", FORMS),
+    Fault("K is stored unswizzled", PRE, "key * kDim + place_of(key, channel)", "key * kDim + channel", FORMS),
+    Fault("8-bit V is stored unswizzled", PRE, "chunk = chunk_of(kBlockK, row, i % kChunks)", "chunk = i % kChunks", FORMS),
+    Fault("fp16 V is stored unswizzled", PRE, "chunk_of(2 * kDim, key, channel / 8)", "channel / 8", prepass("forms", "float16", 64, "fp16", None)),
+    Fault("rows of 64 bytes are swizzled one by one", LAYOUT, "(row >> 1) & 3", "row & 3", FORMS),
     Fault("a warp's maximum for the block's", PRE, "absmax = max_of(absmax, shared.absmax[i]);", "absmax = shared.absmax[i];", FORMS),
+]  # fmt: skip
+
+HOPPER = "attention_sm90.cuh"
+H_ODD = attention("every_variant_on_odd_lengths", "sm90", "fp8", 128, False)
+H_LONG = attention("lists_of_every_length", "sm90", 64)
+H_DROPS = attention("tiles_far_below_are_dropped_as_the_reference_drops_them", "sm90", "fp8", 64)
+H_ORDER = attention("a_bitwise_repeat_in_any_order", "sm90")
+H_GRID = attention("a_bitwise_repeat_on_any_grid", 64, "random")
+H_LEFT = attention("what_an_item_leaves_in_shared_memory_does_not_reach_the_next", 64)
+H_EMPTY = attention("empty_lists_one_after_the_other")
+H_SEQUENCE = attention("the_sequence_says_what_an_item_is", 64)
+H_OVERLAP = attention("every_candidate", 64, config.HopperConfig(tile_blocks=2, ones=True, overlap=True, split=False, poly=0, stages=6))
+H_SPLIT = attention("every_candidate", 64, config.HopperConfig(tile_blocks=2, ones=True, overlap=True, split=True, poly=0, stages=6))
+
+FETCH = """blocks * kBytesK + kTileBlocks * kBytesV);
+          UNROLL for (int b = 0; b < kTileBlocks; b++) {
+            if (b < blocks) bulk_copy(place_of_k("""
+
+ATTENTION_HOPPER = [
+    Fault("a tile is used before it has landed", HOPPER, "take_turn();\n          barrier_wait(full(next), parity_of(tile + 1));", "take_turn();",
+          H_ORDER),
+    Fault("the first tile is used before it has landed", HOPPER, "      barrier_wait(full(stage_of(tile)), parity_of(tile));\n", "", H_ODD),
+    Fault("rounds of the ring are told by tiles", HOPPER, "(uint32_t)tile / kStages & 1", "(uint32_t)tile & 1", H_ODD),
+    Fault("rounds of the slots are told by items", HOPPER, "(uint32_t)turn / kSlots & 1", "(uint32_t)turn & 1", H_ODD),
+    Fault("a tile is free when one warp is done with it", HOPPER, "barrier_init(empty(i), 8)", "barrier_init(empty(i), 1)", H_LONG),
+    Fault("a tile is free when one warpgroup is done with it", HOPPER, "barrier_init(empty(i), 8)", "barrier_init(empty(i), 4)", H_LONG),
+    Fault("a slot is free when one warpgroup is done with it", HOPPER, "barrier_init(q_empty(i), 8)", "barrier_init(q_empty(i), 4)", H_GRID),
+    Fault("barriers are not published", HOPPER, "    barrier_publish();\n", "", H_ODD),
+    Fault("the producer's lanes go on one by one", HOPPER, "    sync_warp();  // a lane that waited", "    // a lane that waited", H_EMPTY),
+    Fault("a tile is freed while it is multiplied", HOPPER, "            wgmma_wait<1>();\n            free_stage();",
+          "            free_stage();\n            wgmma_wait<1>();", H_LONG),
+    Fault("a dropped tile is not freed", HOPPER, "pass_turn();\n            free_stage();\n          }", "pass_turn();\n          }", H_DROPS),
+    Fault("no fence before the first product", HOPPER, "wgmma_fence();\n      multiply_keys", "multiply_keys", H_ODD),
+    Fault("the first scores are read while they are summed", HOPPER, "wgmma_wait<0>();\n      const int blocks_of_last",
+          "wgmma_wait<1>();\n      const int blocks_of_last", H_ODD),
+    Fault("scores are read while they are summed", HOPPER, "          wgmma_wait<0>();\n        }\n        tile++;", "        }\n        tile++;",
+          H_ODD),
+    Fault("the last P V is added while it is summed", HOPPER, "wgmma_wait<0>();\n        add_part(o, product, now.decay, kParts - 1);",
+          "add_part(o, product, now.decay, kParts - 1);", H_ODD),
+    Fault("a tile that is dropped keeps the turn", HOPPER, "pass_turn();\n            free_stage();\n          }", "free_stage();\n          }",
+          H_DROPS),
+    Fault("a warpgroup hands the turn to itself", HOPPER, "arrive_threads(kTurn + 1 - warpgroup_again(), 256)",
+          "arrive_threads(kTurn + warpgroup_again(), 256)", H_ODD),
+    Fault("the last turn is left over", HOPPER, "if (!kOverlap && warpgroup == 0) sync_threads(kTurn, 256);", "", H_ODD),
+    Fault("warps decide each for itself", HOPPER,
+          "any_thread(kVote + warpgroup_again(), 128, tile_maxima<false>(acc, factor, threshold, rows, tile_top))",
+          "tile_maxima<false>(acc, factor, threshold, rows, tile_top)", H_DROPS),
+    Fault("both warpgroups vote together", HOPPER, "any_thread(kVote + warpgroup_again(), 128, tile_maxima<false>",
+          "any_thread(kVote, 256, tile_maxima<false>", H_DROPS),
+    Fault("facts of another tile", HOPPER, "control().facts[at]", "control().facts[0]", H_ODD),
+    Fault("facts of an item are read when its slot is free", HOPPER, "const Item item = item_facts.item;", "const Item& item = item_facts.item;",
+          H_GRID),
+    Fault("both slots have one place for Q", HOPPER, "+ slot * kBytesQ", "", H_GRID),
+    Fault("both warpgroups have the first 64 queries", HOPPER, "place_of_q(slot_of(turn)) + warpgroup_again() * 64 * kDim",
+          "place_of_q(slot_of(turn))", H_ODD),
+    Fault("the missing half of V is what was there", HOPPER, FETCH, FETCH.replace("kTileBlocks", "blocks"), H_LEFT),
+    Fault("the barrier expects too few bytes", HOPPER, "blocks * kBytesK + kTileBlocks * kBytesV", "kBytesK + kTileBlocks * kBytesV", H_ODD),
+    Fault("the barrier expects too many bytes", HOPPER, "blocks * kBytesK + kTileBlocks * kBytesV", "kTileBlocks * (kBytesK + kBytesV)", H_ODD),
+    Fault("the next chunk of a list is the same again", HOPPER, "entry(chunk + kChunk + lane)", "entry(chunk + lane)", H_LONG),
+    Fault("the sequence of another head", HOPPER, "p.sequence[index]", "p.sequence[rank]", H_SEQUENCE),
+    Fault("items are counted on from the last call", SELECT, "if (task == 0 && p.counter != nullptr) *p.counter = 0;", "",
+          Check("test_whole_call", "test_shapes", (1, 2, 1, 200, 200, 64, "sm90", 1))),
+    Fault("chunks of K lie one after the other", HOPPER, "at_byte(b, 32 * i)", "at_byte(b, 0)", H_ODD),
+    Fault("the second half of a block's V is the first", HOPPER, "+ (g % 2) * 32)", ")", H_ODD),
+    Fault("ones lie where the next block's V lies", HOPPER, "place * kPlaceV + kBytesV))[word]", "place * kBytesV + kBytesV))[word]", H_ODD),
+    Fault("products do not see the ones", HOPPER, "    fence_async();\n  }\n  sync_block();", "  }\n  sync_block();", H_ODD),
+    Fault("row sums of the first row", HOPPER, "product[kPartTiles][2 * h]", "product[kPartTiles][h]", H_ODD),
+    Fault("decay of the other row", HOPPER, "decay[e >> 1], product[j][e]", "decay[e & 1], product[j][e]", H_ODD),
+    Fault("dropped tiles are counted by every warp", HOPPER, "if (!w.kept && (thread_id_again() & 127) == 0",
+          "if (!w.kept && (thread_id_again() & 31) == 0", H_DROPS),
+    Fault("scores are read while they are summed, without turns", HOPPER,
+          "            wgmma_wait<1>();\n          }\n          softmax", "          }\n          softmax", H_OVERLAP),
+    Fault("P of a dropped tile is what was there", HOPPER, "if (!now.kept) nothing(now);", "", H_SPLIT),
+    Fault("both parts of P V have the first channels", HOPPER, "part * kPartTiles * 8 * kBlockK + (g % 2)", "(g % 2)", H_SPLIT),
 ]  # fmt: skip
 
 LENGTHS = select("lengths", 200, 1000, "subblock")
@@ -126,4 +213,4 @@ CHOICE = [
     Fault("weights of another tile", SELECT, "shared.log_weight[buffer][column]", "shared.log_weight[0][column]", SIZES),
 ]  # fmt: skip
 
-FAULTS = [*ATTENTION, *PREPASS, *CHOICE]
+FAULTS = [*ATTENTION, *ATTENTION_HOPPER, *PREPASS, *CHOICE]

@@ -21,7 +21,7 @@ typedef unsigned long uint64_t;
   static void name##_entry(const void* params) { name##_thread(*static_cast<const Params*>(params)); }                           \
   extern "C" __attribute__((visibility("default"))) const emulator::Kernel name = {#name, name##_entry, threads, sizeof(Params)}; \
   static void name##_thread(const Params& p)
-#define DEVICE static inline __attribute__((unused))
+#define DEVICE inline __attribute__((unused))
 #define UNROLL
 // Last parameter of every function at which threads meet or which can refuse its arguments: the line of the kernel that calls it.
 #define SITE emulator::Site at = {__builtin_FILE(), __builtin_LINE()}

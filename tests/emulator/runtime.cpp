@@ -5,149 +5,28 @@
 // of a warp go in a random order either way. So a missing barrier, which the hardware forgives most of the time, gives wrong results under some seed.
 // An asynchronous copy poisons its destination when it is issued and lands when its thread waits for it (under even seeds always, under odd ones
 // half of them at once). Threads that meet in different places, or wait for one that has ended, are an error that names the places.
-#include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
-#include <stdint.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <condition_variable>
-#include <mutex>
-#include <string>
 #include <thread>
-#include <vector>
 
-#include "prim.cuh"
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#define SANITIZED 1
-#else
-#define SANITIZED 0
-#endif
-
-#if defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
-#define REGISTER_SWITCH 1
-#else  // any other processor: ten times slower, for a system call at every switch
-#define REGISTER_SWITCH 0
-#include <ucontext.h>
-#endif
+#include "machine.h"
 
 namespace emulator {
-namespace {
-
-constexpr int kPoison = 0x7f;         // large as an integer, 3e38 as fp32, NaN as fp16 and e4m3
-constexpr int kRedzone = 0xc3;
-constexpr int kMaxThreads = 1024;
-constexpr int kMaxCopies = 256;       // under way at once, per thread
-constexpr size_t kPage = 4096;
-constexpr size_t kStack = 256 << 10;  // per thread, of which the lowest page is the guard
-constexpr size_t kSharedLimit = 227 << 10;
 
 const char* const kNames[kKinds] = {"sync_block", "sync_warp", "shuffle_xor", "shuffle", "shuffle_up", "any_lane", "vote",
-                                    "load_matrix", "load_matrix_transposed", "mma_s8s8", "mma_u8s8", "mma_half", "mma_e4m3"};
-
-enum State : uint8_t { kRunning, kWaiting, kEnded };
-
-struct Copy {
-  uint32_t shared;
-  int group;
-  const void* global;
-};
-
-struct Fiber {
-  Thread api;
-  State state;
-  Kind kind;  // what it waits in
-  Site site;
-#if REGISTER_SWITCH
-  void* stack_pointer;
-#else
-  ucontext_t context;
-#endif
-  char* stack;
-  void* fake_stack;  // AddressSanitizer's
-  int copies, group, first_group;
-  Copy copy[kMaxCopies];
-};
-
-struct Warp {
-  uint32_t ready, waiting, ended;  // lanes; waiting: in a collective of the warp
-  uint32_t at_barrier;
-  uint32_t order;                  // lanes go in the order i ^ order
-  int slice;                       // collectives before another warp may have its turn
-  Kind kind;
-  Site site;
-  uint32_t operands[32][kOperands];
-  uint32_t results[32][kResults];
-};
-
-// What a host thread needs to run blocks; kept between launches.
-struct Machine {
-  char* stacks = nullptr;
-  char* shared_pages = nullptr;  // guard page, kSharedLimit rounded up, guard page
-  char* signal_stack = nullptr;
-  bool left_midway = false;  // the last block failed
-  std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
-};
-
-struct Launch {
-  const Kernel* kernel;
-  int64_t grid, shared;
-  int threads;
-  const void* params;
-  uint64_t seed;
-  double limit;
-  std::vector<int64_t> order;
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> failed{false};
-  std::mutex mutex;
-  std::string error;
-};
-
-struct Block {
-  Launch* launch;
-  Machine* machine;
-  int64_t id;
-  char* shared;
-  uint64_t random;
-  int slice;  // 0: a warp goes as far as it can
-  bool late;  // copies land as late as they may
-  uint32_t ready_warps;
-  int arrived, ended;
-  Site barrier_site;
-  sigjmp_buf escape;
-  char error[4096];
-#if REGISTER_SWITCH
-  void* host_stack_pointer;
-#else
-  ucontext_t host_context;
-#endif
-  const void* host_stack;
-  size_t host_stack_size;
-  void* host_fake_stack;
-};
+                                    "load_matrix", "load_matrix_transposed", "mma_s8s8", "mma_u8s8", "mma_half", "mma_e4m3", "barrier_wait",
+                                    "sync_threads", "arrive_threads", "any_thread", "keep_registers", "take_registers", "wgmma_s8", "wgmma_e4m3",
+                                    "wgmma_wait"};
 
 __thread Block* block;
 
-uint64_t draw() {
-  uint64_t z = block->random += 0x9e3779b97f4a7c15ull;
-  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-  z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-  return z ^ z >> 31;
-}
-
-Fiber& fiber_of(Thread* t) { return *reinterpret_cast<Fiber*>(t); }
-Fiber& self() { return fiber_of(current); }
 Warp& warp_of(const Fiber& f) { return block->machine->warps[f.api.thread >> 5]; }
 const char* base_name(const char* path) {
   const char* slash = strrchr(path, '/');
@@ -275,7 +154,7 @@ void write_error(const char* format, va_list arguments) {
   describe(end, limit);
 }
 
-[[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
+void fail(const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
   write_error(format, arguments);
@@ -330,10 +209,15 @@ int random_warp() {
   return __builtin_ctz(ready);
 }
 
-// Gives the processor to another thread that can go on, and returns when this one may.
 void yield(Fiber& me, int warp, bool turn_over) {
+  if (block->async) async_turn();
   if (turn_over || !block->machine->warps[warp].ready) {
-    if (!block->ready_warps) fail("no thread can go on");
+    while (!block->ready_warps) {
+      char barriers[900] = "";
+      if (block->async && async_stuck()) continue;
+      if (block->async) async_describe(barriers, sizeof barriers);
+      fail("no thread can go on%s", barriers);
+    }
     warp = random_warp();
     if (block->slice) block->machine->warps[warp].slice = 1 + draw() % block->slice;
   }
@@ -365,8 +249,6 @@ float e4m3_to_float(uint8_t a) {
   float y = (a & 0x7f) == 0x7f ? as_float(0x7fc00000u) : as_float(magnitude) * 0x1p120f;
   return as_float(as_bits(y) | (uint32_t)(a & 0x80) << 24);
 }
-
-typedef float Eight __attribute__((vector_size(32)));
 
 // a (16 x K, rows) times b (8 x K, rows), decoded. In fp32 for all formats: the integer sums stay below 2 ** 24, where fp32 is exact.
 template <class Element, int kK, class DecodeA, class DecodeB>
@@ -481,8 +363,12 @@ void end_thread() {
   me.state = kEnded;
   if (w.waiting) fail("ended while lanes of its warp wait for it");
   if (block->arrived) fail("ended while other threads wait in sync_block");
+  if (block->async) async_thread_ends();
   w.ended |= 1u << lane;
-  if (++block->ended == block->launch->threads) to_host();
+  if (++block->ended == block->launch->threads) {
+    if (block->async) async_block_ends();
+    to_host();
+  }
   yield(me, warp, false);
   abort();
 }
@@ -506,7 +392,8 @@ void prepare(Fiber& f, int thread, Warp& w, size_t used) {
   f.kind = kSyncBlock;
   f.site = {};
   f.fake_stack = nullptr;
-  f.copies = f.group = f.first_group = 0;
+  f.copies = f.group = f.first_group = f.products = f.let_go = 0;
+  f.fenced = false;
 #if SANITIZED
   __asan_unpoison_memory_region(f.stack + kStack - used, used);  // frames that a thread left behind
 #else
@@ -668,8 +555,6 @@ struct Watch {
     thread.join();
   }
 };
-
-}  // namespace
 
 __thread Thread* current;
 

@@ -24,6 +24,16 @@ enum Kind : int {
   kMmaU8S8,
   kMmaHalf,
   kMmaE4m3,
+  // sm_90 (runtime_sm90.h)
+  kBarrierWait,
+  kSyncThreads,
+  kArriveThreads,
+  kAnyThread,
+  kKeepRegisters,
+  kTakeRegisters,
+  kWgmmaS8,
+  kWgmmaE4m3,
+  kWgmmaWait,
   kKinds
 };
 

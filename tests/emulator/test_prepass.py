@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import emulator
+import layouts
 import pytest
 import torch
 import torch.nn.functional as F
@@ -124,6 +125,7 @@ OPTIONAL = ("bias2", "q_sim", "k_sim", "v_mean", "lse_shift")
 
 
 def prepass(case: Case, stats: SimpleNamespace, seed: int = 0, library=None) -> SimpleNamespace:
+    """The outputs; q8, k8 and v8 with the bytes of a row in order."""
     batch, heads, s_q, dim = case.q.shape
     kv_heads, s_k = case.k.shape[1], case.k.shape[2]
     valid, bias = case.masks()
@@ -139,7 +141,7 @@ def prepass(case: Case, stats: SimpleNamespace, seed: int = 0, library=None) -> 
     grid = batch * heads * -(-s_q // 128) + batch * kv_heads * -(-s_k // 64)
     (library or case.library).launch("sparge_prepass", grid, params, seed=seed)
     emulator.check_guards(*out.values())
-    return SimpleNamespace(**out)
+    return SimpleNamespace(**{n: layouts.swizzled(t) if n in ("q8", "k8", "v8") else t for n, t in out.items()})
 
 
 def run(case: Case, seed: int = 0, library=None) -> SimpleNamespace:

@@ -10,13 +10,25 @@ pytestmark = pytest.mark.skipif(emulator.sanitised(), reason="starts such proces
 
 RUNS = {
     "attention": (
-        "test_attention.py::test_every_variant_on_odd_lengths[plain-d64-int8]",
-        "test_attention.py::test_every_variant_on_odd_lengths[masked-d64-fp16]",
-        "test_attention.py::test_every_variant_on_odd_lengths[masked-d128-fp8]",
-        "test_attention.py::test_misaligned_outputs_take_the_narrow_stores",
-        "test_attention.py::test_results_go_back_to_the_callers_order",
-        "test_attention.py::test_causal[offset-150-d64]",
-        "test_attention.py::test_lengths[k1-q1]",
+        "test_attention.py::test_every_variant_on_odd_lengths[plain-d64-mma-int8]",
+        "test_attention.py::test_every_variant_on_odd_lengths[masked-d64-mma-fp16]",
+        "test_attention.py::test_every_variant_on_odd_lengths[masked-d128-mma-fp8]",
+        "test_attention.py::test_misaligned_outputs_take_the_narrow_stores[mma]",
+        "test_attention.py::test_results_go_back_to_the_callers_order[mma]",
+        "test_attention.py::test_causal[offset-150-d64-mma]",
+        "test_attention.py::test_lengths[k1-q1-mma]",
+    ),
+    "attention of Hopper": (
+        "test_attention.py::test_every_variant_on_odd_lengths[plain-d64-sm90-fp8]",
+        "test_attention.py::test_every_variant_on_odd_lengths[masked-d128-sm90-fp8]",
+        "test_attention.py::test_misaligned_outputs_take_the_narrow_stores[sm90]",
+        "test_attention.py::test_results_go_back_to_the_callers_order[sm90]",
+        "test_attention.py::test_causal[offset-150-d128-sm90]",
+        "test_attention.py::test_lengths[k1-q1-sm90]",
+        "test_attention.py::test_a_bitwise_repeat_on_any_grid[d64-longest first]",
+        "test_attention.py::test_what_an_item_leaves_in_shared_memory_does_not_reach_the_next[d128]",
+        "test_attention.py::test_every_candidate[d64 n192 s4 ones]",
+        "test_attention.py::test_every_candidate[d128 n128 s4 overlap split]",
     ),
     "prepass": (
         "test_prepass.py::test_sizes[d37-s129]",

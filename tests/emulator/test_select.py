@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sparge_kernels import compensation, config, selection
-from sparge_kernels.cuda.params import SelectParams
+from sparge_kernels.cuda.params import SelectParams, SequenceParams
 
 LOG2E = math.log2(math.e)
 
@@ -111,7 +111,9 @@ class Problem:
             elif value is not None:
                 self.numbers[name] = value
 
-    def run(self, *, grid=None, slots=64, row_in_shared=None, capacity=None, seed=0, stride=None, shared=None, **how) -> SimpleNamespace:
+    def run(
+        self, *, grid=None, slots=64, row_in_shared=None, capacity=None, seed=0, stride=None, shared=None, counted=True, **how
+    ) -> SimpleNamespace:
         """Launches; every buffer poisoned and guarded."""
         tasks = self.batch * self.heads * -(-self.n_q // 16)
         grid = min(tasks, slots) if grid is None else grid
@@ -126,8 +128,10 @@ class Problem:
         out = SimpleNamespace(
             lists=emulator.guarded((*head, capacity), torch.uint16), counts=emulator.guarded(head, torch.int32),
             visible=emulator.guarded((self.batch, self.n_q), torch.int32), skips=emulator.guarded((self.batch, self.heads, 2), torch.int32),
-            scratch=emulator.guarded((grid, 64, stride), torch.float32),
+            scratch=emulator.guarded((grid, 64, stride), torch.float32), counter=emulator.guarded((1,), torch.int32),
         )  # fmt: skip
+        if not counted:
+            del out.counter
         if self.v is not None:
             out.state = emulator.guarded((*head, 4 + self.size), torch.float32)
         params = SelectParams(
@@ -145,7 +149,7 @@ class Problem:
             params.map_batch, params.map_head = (block_map.shape[0] > 1) * block_map.shape[1] * size, (block_map.shape[1] > 1) * size
         library(self.size, **how).launch("sparge_select", grid, params, shared=shared, seed=seed)
         emulator.check_guards(*vars(out).values())
-        assert not out.skips.any()
+        assert not out.skips.any() and not (counted and out.counter.any())
         return out
 
     def map_of(self, out) -> torch.Tensor:
@@ -527,3 +531,57 @@ def test_a_skipped_block_without_numbers_stays_out_of_other_rows():
     out = problem.run()
     kept = problem.map_of(out)[0, 0, :, 6]
     assert torch.equal(out.state[0, 0, :, 4:].isnan().any(-1), ~kept) and kept.any() and not kept.all()
+
+
+# What Hopper's attention kernel gets beyond the lists.
+
+
+def test_without_a_counter():
+    problem = Problem(clustered(1, 1, 2, 300, 64), clustered(2, 1, 2, 300, 64), topk=0.5)
+    assert torch.equal(problem.run(counted=False).lists, problem.run(grid=1).lists)
+
+
+def sequence(counts: torch.Tensor, s_q: int, **how) -> torch.Tensor:
+    """sparge_sequence of counts (B, H, N_q)."""
+    out = emulator.guarded(counts.shape, torch.uint16)
+    params = SequenceParams(counts=counts.data_ptr(), sequence=out.data_ptr(), s_q=s_q)
+    library(64, **how).launch("sparge_sequence", counts.shape[0] * counts.shape[1], params, seed=3)
+    emulator.check_guards(out)
+    return out.to(torch.int64)
+
+
+def longest_first(counts: torch.Tensor) -> torch.Tensor:
+    """Of equal ones the last comes first: a stable sort of the reversed row."""
+    n_q = counts.shape[-1]
+    return n_q - 1 - counts.flip(-1).sort(dim=-1, descending=True, stable=True).indices
+
+
+@pytest.mark.parametrize("most", [0, 1, 3, 65536], ids=["all zero", "zero or one", "many ties", "hardly a tie"])
+@pytest.mark.parametrize("n_q, s_q", [(1, 1), (1, 128), (7, 7 * 128 - 127), (256, 256 * 128), (300, 299 * 128 + 1)])
+def test_sequence(n_q, s_q, most):
+    counts = torch.randint(0, most + 1, (2, 3, n_q), generator=torch.Generator().manual_seed(n_q), dtype=torch.int32)
+    got = sequence(counts, s_q)
+    assert torch.equal(got, longest_first(counts))
+    assert torch.equal(sequence(counts, s_q), got)
+
+
+def test_sequence_of_equal_lists_is_the_order_without_one():
+    assert sequence(torch.full((1, 1, 9), 5, dtype=torch.int32), 9 * 128).flatten().tolist() == list(range(8, -1, -1))
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("counts[j] >= count + (j <= i)", "counts[j] >= count + (j < i)"), ("counts[j] >= count + (j <= i)", "counts[j] > count - (j < i)"),
+        ("counts[j] >= count + (j <= i)", "counts[j] > count"), ("p.counts + block_id() * n_q", "p.counts"),
+        ("i < n_q; i += 256", "i < min_of(n_q, 256); i += 256"),
+    ],
+    ids=["counts itself", "first of equal ones first", "ties share a rank", "one head for all", "256 query blocks only"],
+)  # fmt: skip
+def test_faults_in_the_sequence_are_seen(old, new):
+    counts = torch.randint(0, 4, (1, 2, 300), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    try:
+        got = sequence(counts, 300 * 128, replace=((old, new),))
+    except (RuntimeError, AssertionError):
+        return
+    assert not torch.equal(got, longest_first(counts))

@@ -8,6 +8,7 @@ sentinels, so that a value that nobody wrote, or one written outside, is seen.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from sparge_kernels import (
     UnsupportedCall,
     block_sparse_attention,
     compensation,
+    config,
     merge_lse,
     order,
     quantize,
@@ -32,13 +34,16 @@ from sparge_kernels.ops import Call
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 FLAT_BOUND = {"int8": 0.03, "fp8": 0.05, "fp16": 0.03}
 """Relative L2 error against exact attention under the same map, on independent normal q, k and v, where nothing averages errors out."""
+FORMS = {"int8": ("sm_89", "int8"), "fp8": ("sm_89", "fp8"), "fp16": ("sm_89", "fp16"), "sm90": ("sm_90", "fp8")}
+"""The GPU that a test pretends, and how P and V are held there. On sm_90 that is Hopper's own attention kernel."""
 
 
 class EmulatedMachine:
     """A GPU of two multiprocessors that runs on the CPU: `backend.Machine` for CPU tensors."""
 
-    def __init__(self, pv: str = "int8", seed: int = 0):
-        self.arch, self.pv, self.processors, self.seed = "sm_89", pv, 2, seed
+    def __init__(self, form: str, seed: int):
+        self.arch, self.pv = FORMS[form]
+        self.processors, self.seed = 2, seed
         self.launched = []
 
     def missing(self, variants):
@@ -47,9 +52,9 @@ class EmulatedMachine:
     def kernel(self, variant, symbol):
         return SimpleNamespace(variant=variant, name=symbol)
 
-    def launch(self, kernel, grid, shared, params, stream):
+    def launch(self, kernel, grid, threads, shared, params, stream):
         self.launched.append(kernel.name)
-        emulator.library(kernel.variant).launch(kernel.name, grid, params, shared=shared, seed=self.seed)
+        emulator.library(kernel.variant).launch(kernel.name, grid, params, shared=shared, threads=threads, seed=self.seed)
 
     def here(self):
         return contextlib.nullcontext()
@@ -81,10 +86,10 @@ def guards(monkeypatch):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(pv, seed): the GPU that every device is taken for from then on."""
+    """machine(form, seed): the GPU that every device is taken for from then on."""
 
-    def use(pv: str = "int8", seed: int = 0) -> EmulatedMachine:
-        made = EmulatedMachine(pv, seed)
+    def use(form: str = "int8", seed: int = 0) -> EmulatedMachine:
+        made = EmulatedMachine(form, seed)
         monkeypatch.setattr(backend, "machine_of", lambda device: (made, None))
         return made
 
@@ -105,7 +110,7 @@ def clustered(seed, batch, heads, length, dim, dtype=torch.float32):
     return (1.5 * centres + 0.7 * normal(seed + 1, batch, heads, length, dim, dtype=torch.float64)).to(dtype)
 
 
-def expected(q, k, v, blocks, *, pv, compensate=False, perm=None, key_mask=None, causal=False, scale=None, **how):
+def expected(q, k, v, blocks, *, form, compensate=False, perm=None, key_mask=None, causal=False, scale=None, **how):
     """(exact, quantised) of (out, lse, pv_skipped) under a block map; with compensation what was skipped is merged into both."""
     inverse = None
     centre = None  # of K, in the caller's order whatever the plan
@@ -115,13 +120,12 @@ def expected(q, k, v, blocks, *, pv, compensate=False, perm=None, key_mask=None,
         inverse = torch.argsort(perm)
         q, k, v = (x[:, :, perm] for x in (q, k, v))
         key_mask = None if key_mask is None else key_mask[:, perm]
-    tile = 128 if q.shape[3] <= 64 else 64
+    dim, (arch, pv) = config.padded_dim(q.shape[3]), FORMS[form]
+    rows, tile_blocks = (64, config.hopper_config(dim).tile_blocks) if config.on_hopper_kernel(arch, pv) else (16, config.TILE_BLOCKS[dim])
     common = dict(key_mask=key_mask, causal=causal, scale=scale, causal_offset=how.get("causal_offset", 0))
     exact = reference.attention(q, k, v, blocks, **common)
-    thresholds = how.get("pvthreshd", 15.0)
-    rounded = reference.attention(
-        q, k, v, blocks, **common, qk="int8", pv=pv, row_group=16, key_tile=tile, smooth_k=how.get("smooth_k", True), pvthreshd=thresholds
-    )
+    rules = dict(qk="int8", pv=pv, row_group=rows, key_tile=64 * tile_blocks, smooth_k=how.get("smooth_k", True))
+    rounded = reference.attention(q, k, v, blocks, **common, **rules, pvthreshd=how.get("pvthreshd", 15.0))
     results = []
     for out, lse, skipped in (exact, rounded):
         if compensate:
@@ -163,10 +167,10 @@ def _with_skipped(q, k, v, out, lse, blocks, key_mask, causal, scale, centre):
     return torch.stack(outs).double(), torch.stack(lses).double()
 
 
-def check(out, lse, info, q, k, v, *, pv="int8", flat=True, **how):
+def check(out, lse, info, q, k, v, *, form="int8", flat=True, **how):
     """The bounds of this file's first paragraph, the log-sum-exp, and the skipped tiles."""
     blocks = info.kept
-    exact, rounded = expected(q, k, v, blocks, pv=pv, **how)
+    exact, rounded = expected(q, k, v, blocks, form=form, **how)
     assert out.shape == q.shape and out.dtype == q.dtype and bool(out.isfinite().all())
     size = exact[0].abs().max().item()
     slack = (EPS[q.dtype] + 1e-5) * size
@@ -177,7 +181,7 @@ def check(out, lse, info, q, k, v, *, pv="int8", flat=True, **how):
     told = f"max {error.max():.3g} at {worst} of {2 * allowed.max() + slack:.3g}; relative L2 {l2:.3g} of {l2_allowed:.3g}"
     assert error.max() <= 2 * allowed.max() + slack and l2 <= l2_allowed, told
     if flat:
-        assert l2 <= FLAT_BOUND[pv], told
+        assert l2 <= FLAT_BOUND[FORMS[form][1]], told
     blind = exact[1] == -math.inf
     assert bool((out[blind] == 0).all())
     if lse is not None:
@@ -200,15 +204,16 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("topk", [1, 0.4])
-@pytest.mark.parametrize("pv", ["int8", "fp8", "fp16"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("b, h, h_kv, s_q, s_k, d", SHAPES)
-def test_shapes(machine, b, h, h_kv, s_q, s_k, d, pv, topk):
-    used = machine(pv)
+def test_shapes(machine, b, h, h_kv, s_q, s_k, d, form, topk):
+    used = machine(form)
     q, k, v = qkv(b, h, h_kv, s_q, s_k, d)
     out, lse, info = sparse_attention(q, k, v, topk=topk, backend="cuda", return_lse=True, return_info=True)
-    assert used.launched == ["sparge_statistics", "sparge_prepass", "sparge_select", "sparge_attention_mma"] and info.backend == "cuda"
+    attention = "sparge_attention_sm90" if form == "sm90" else "sparge_attention_mma"
+    assert used.launched == ["sparge_statistics", "sparge_prepass", "sparge_select", attention] and info.backend == "cuda"
     assert torch.equal(info.kept, select_blocks(q, k, topk=topk, backend="torch").to_dense())
-    check(out, lse, info, q, k, v, pv=pv)
+    check(out, lse, info, q, k, v, form=form)
     if topk == 1:
         assert bool((info.density == 1).all())
 
@@ -257,8 +262,9 @@ def test_strided_views_give_the_same_bits(machine, view, dtype):
     assert out.stride() == torch.empty_like(q).stride()
 
 
-def test_layout_nhd(machine):
-    machine()
+@pytest.mark.parametrize("form", ["int8", "sm90"])
+def test_layout_nhd(machine, form):
+    machine(form)
     q, k, v = qkv(2, 4, 2, 200, 130, 64)
     nhd = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
     out, lse = sparse_attention(*nhd, topk=0.5, layout="NHD", backend="cuda", return_lse=True)
@@ -268,13 +274,14 @@ def test_layout_nhd(machine):
 
 @pytest.mark.parametrize("offset", [0, 63, -64, -500, 5000, -(1 << 39), 1 << 39])
 @pytest.mark.parametrize("s_q, s_k, d", [(200, 333, 64), (333, 200, 128)], ids=str)
-def test_causal(machine, s_q, s_k, d, offset):
-    machine()
+@pytest.mark.parametrize("form", ["int8", "sm90"])
+def test_causal(machine, form, s_q, s_k, d, offset):
+    machine(form)
     q, k, v = qkv(1, 2, 1, s_q, s_k, d)
     how = dict(causal=True, causal_offset=offset)
     out, lse, info = sparse_attention(q, k, v, topk=0.4, **how, backend="cuda", return_lse=True, return_info=True)
     assert torch.equal(info.kept, select_blocks(q, k, topk=0.4, **how, backend="torch").to_dense())
-    check(out, lse, info, q, k, v, **how)
+    check(out, lse, info, q, k, v, form=form, **how)
 
 
 def key_masks(s_k: int):
@@ -294,10 +301,11 @@ def key_masks(s_k: int):
 KEY_MASKS = key_masks(333)
 
 
+@pytest.mark.parametrize("form", ["int8", "sm90"])
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("name", KEY_MASKS)
-def test_key_masks(machine, name, causal):
-    machine()
+def test_key_masks(machine, name, causal, form):
+    machine(form)
     q, k, v = qkv(2, 2, 1, 200, 333, 64)
     mask = KEY_MASKS[name]
     hidden = ~mask if mask.dtype == torch.bool else mask <= -9984
@@ -306,7 +314,7 @@ def test_key_masks(machine, name, causal):
     k, v = (torch.where(hidden[:, None, :, None], poison, x) for x in (k, v))
     out, lse, info = sparse_attention(q, k, v, topk=0.5, key_mask=mask, causal=causal, backend="cuda", return_lse=True, return_info=True)
     assert torch.equal(info.kept, select_blocks(q, k, topk=0.5, key_mask=mask, causal=causal, backend="torch").to_dense())
-    check(out, lse, info, q, *clean, key_mask=mask, causal=causal)
+    check(out, lse, info, q, *clean, form=form, key_mask=mask, causal=causal)
 
 
 def test_always_keep(machine):
@@ -319,9 +327,9 @@ def test_always_keep(machine):
 
 
 @pytest.mark.parametrize("extra", ["", "mask", "keep", "compensate"])
-@pytest.mark.parametrize("kind", ["tiles", "hilbert"])
-def test_order(machine, kind, extra):
-    machine()
+@pytest.mark.parametrize("kind, form", [("tiles", "int8"), ("hilbert", "int8"), ("hilbert", "sm90")])
+def test_order(machine, kind, form, extra):
+    machine(form)
     plan = order.plan(kind, (37, (3, 9, 11), 20))
     q, k, v = (clustered(seed, 2, 2, plan.length, 64) for seed in (1, 3, 5))
     options = {
@@ -332,22 +340,23 @@ def test_order(machine, kind, extra):
     plain = {key: value for key, value in options.items() if key != "compensate"}
     assert torch.equal(info.kept, select_blocks(q, k, topk=0.3, order=plan, **plain, backend="torch").to_dense())
     options.pop("always_keep", None)
-    check(out, lse, info, q, k, v, flat=False, perm=plan.perm, **options)
+    check(out, lse, info, q, k, v, form=form, flat=False, perm=plan.perm, **options)
     again = block_sparse_attention(q, k, v, info.block_mask, order=plan, **options, backend="cuda")
     assert torch.equal(again, out)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (2, 1), (2, 4)], ids=str)
 @pytest.mark.parametrize("d", [64, 128])
-def test_block_masks_with_empty_and_full_rows(machine, d, shape):
-    machine()
+@pytest.mark.parametrize("form", ["int8", "sm90"])
+def test_block_masks_with_empty_and_full_rows(machine, form, d, shape):
+    machine(form)
     q, k, v = qkv(2, 4, 2, 300, 333, d)
     dense = torch.rand(*shape, 3, 6, generator=torch.Generator().manual_seed(3)) > 0.6
     dense[:, :, 1], dense[:, :, 2] = False, True
     out, lse, info = block_sparse_attention(q, k, v, dense, backend="cuda", return_lse=True, return_info=True)
     assert torch.equal(info.kept, dense.expand(2, 4, -1, -1))
     assert bool((out[:, :, 128:256] == 0).all()) and bool((lse[:, :, 128:256] == -math.inf).all())
-    check(out, lse, info, q, k, v)
+    check(out, lse, info, q, k, v, form=form)
     strided = dense.transpose(2, 3).contiguous().transpose(2, 3)
     assert torch.equal(block_sparse_attention(q, k, v, strided, backend="cuda"), out)
 
@@ -375,21 +384,24 @@ RULES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("form", ["int8", "sm90"])
 @pytest.mark.parametrize("name", RULES)
-def test_rules(machine, name):
-    machine()
+def test_rules(machine, name, form):
+    used = machine(form)
     q, k, v = clustered(1, 1, 2, 333, 64), clustered(3, 1, 1, 400, 64), clustered(5, 1, 1, 400, 64)
     rule = dict(RULES[name])
     out, lse, info = sparse_attention(q, k, v, **rule, backend="cuda", return_lse=True, return_info=True)
+    # Only where lists may differ in length they are put into order.
+    assert ("sparge_sequence" in used.launched) == (form == "sm90" and not rule.keys().isdisjoint({"cdfthreshd", "simthreshd1"}))
     pv = rule.pop("pvthreshd", None)
     assert torch.equal(info.kept, select_blocks(q, k, **rule, backend="torch").to_dense()) and info.density.min() < 0.95
     how = {key: rule[key] for key in ("scale", "smooth_k") if key in rule}
     if pv is None:
-        check(out, lse, info, q, k, v, flat=False, **how)
+        check(out, lse, info, q, k, v, form=form, flat=False, **how)
         return
     for h in range(2):
         one = SimpleNamespace(kept=info.kept[:, h : h + 1], pv_skipped=info.pv_skipped[:, h : h + 1])
-        check(out[:, h : h + 1], lse[:, h : h + 1], one, q[:, h : h + 1], k, v, flat=False, pvthreshd=float(pv[h]), **how)
+        check(out[:, h : h + 1], lse[:, h : h + 1], one, q[:, h : h + 1], k, v, form=form, flat=False, pvthreshd=float(pv[h]), **how)
 
 
 def test_smooth_k_reaches_the_judge(machine):
@@ -413,22 +425,23 @@ def test_select_blocks(machine):
 
 
 @pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize("pv", ["int8", "fp8", "fp16"])
-def test_tiles_really_are_skipped(machine, pv, d):
+@pytest.mark.parametrize("form", FORMS)
+def test_tiles_really_are_skipped(machine, form, d):
     """Late keys far below early ones: tiles drop out, as many as in the reference, and the error stays within the bound of it."""
-    machine(pv)
+    machine(form)
     q, k, v = qkv(1, 2, 1, 200, 400, d)
     q = 2 * normal(9, 1, 2, 1, d) + 0.3 * q
     k[:, :, :64] += 1.5 * q.mean((1, 2), keepdim=True)
     out, lse, info = sparse_attention(q, k, v, topk=1, pvthreshd=4.0, backend="cuda", return_lse=True, return_info=True)
     assert 0.1 < float(info.pv_skipped.min()) and float(info.pv_skipped.max()) < 0.95
-    check(out, lse, info, q, k, v, pv=pv, flat=False, pvthreshd=4.0)
+    check(out, lse, info, q, k, v, form=form, flat=False, pvthreshd=4.0)
 
 
+@pytest.mark.parametrize("form", ["int8", "sm90"])
 @pytest.mark.parametrize("case", ["", "mask", "bias", "causal", "GQA, D 128", "no smooth_k", "lse off"])
-def test_compensation(machine, case):
+def test_compensation(machine, case, form):
     """V follows K inside the blocks (V = K W + noise): the shift of the value is what the pooled state is about."""
-    machine()
+    machine(form)
     d, heads = (128, 4) if case == "GQA, D 128" else (40, 2)
     q, k = clustered(1, 2, heads, 300, d), clustered(3, 2, 2, 450, d)
     v = k @ (normal(7, d, d) / d**0.5) + 0.3 * normal(8, *k.shape)
@@ -439,7 +452,7 @@ def test_compensation(machine, case):
     smooth = dict(smooth_k=False) if case == "no smooth_k" else {}
     got = sparse_attention(q, k, v, topk=0.3, compensate=True, **how, **smooth, backend="cuda", return_lse=case != "lse off", return_info=True)
     out, lse, info = got[0], None if case == "lse off" else got[1], got[-1]
-    exact, _ = check(out, lse, info, q, k, v, flat=False, compensate=True, **how, **smooth)
+    exact, _ = check(out, lse, info, q, k, v, form=form, flat=False, compensate=True, **how, **smooth)
     plain = reference.attention(q, k, v, info.kept, **how)[0]
     dense = reference.attention(q, k, v, **how)[0]
     assert (exact[0] - dense).norm() < 0.9 * (plain - dense).norm(), "compensation repairs nothing here: the comparison says nothing"
@@ -457,10 +470,11 @@ def test_two_key_ranges_merge_to_the_whole(machine):
     assert (out - exact).norm() / exact.norm() < FLAT_BOUND["int8"] and (lse - exact_lse).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("form", ["int8", "sm90"])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_nan_and_inf_stay_inside_their_head(machine, value, where):
-    machine()
+def test_nan_and_inf_stay_inside_their_head(machine, value, where, form):
+    machine(form)
     q, k, v = clustered(1, 2, 4, 200, 64), clustered(3, 2, 2, 200, 64), clustered(5, 2, 2, 200, 64)
     clean = sparse_attention(q, k, v, topk=0.5, backend="cuda")
     {"q": q, "k": k, "v": v}[where][1, 0, 5:140, 3] = value
@@ -470,20 +484,63 @@ def test_nan_and_inf_stay_inside_their_head(machine, value, where):
     assert torch.equal(out[~hit], clean[~hit]) and not torch.equal(out[hit], clean[hit])
 
 
+@pytest.mark.parametrize("form", ["int8", "sm90"])
 @pytest.mark.parametrize("compensate", [False, True], ids=["", "compensate"])
-def test_any_order_of_threads_gives_the_same_bits_and_leaves_inputs_alone(machine, compensate):
+def test_any_order_of_threads_gives_the_same_bits_and_leaves_inputs_alone(machine, compensate, form):
     tensors = qkv(2, 4, 2, 333, 333, 64)
     mask = torch.rand(2, 333, generator=torch.Generator().manual_seed(5)) > 0.2
     before = [x.clone() for x in (*tensors, mask)]
     runs = []
     for seed in (0, 1):
-        machine(seed=seed)
+        machine(form, seed)
         out, lse, info = sparse_attention(
             *tensors, topk=0.3, key_mask=mask, compensate=compensate, pvthreshd=3.0, backend="cuda", return_lse=True, return_info=True
         )
         runs.append((out, lse, info.kept, info.counts, info.visible, info.skips))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     assert all(torch.equal(x, y) for x, y in zip((*tensors, mask), before, strict=True))
+
+
+def test_every_form_has_the_same_block_map(machine):
+    q, k, v = (clustered(seed, 2, 4, 400, 64) for seed in (1, 3, 5))
+    for rule in (dict(topk=0.3), dict(cdfthreshd=0.5, causal=True), dict(topk=0.2, simthreshd1=0.3)):
+        maps, outs = [], []
+        for form in FORMS:
+            machine(form)
+            out, info = sparse_attention(q, k, v, **rule, backend="cuda", return_info=True)
+            maps.append(info.block_mask)
+            outs.append(out)
+        for other, out in zip(maps, outs, strict=True):
+            assert torch.equal(other.to_dense(), maps[0].to_dense()) and torch.equal(other.visible, maps[0].visible)
+            assert float((out - outs[0]).norm() / outs[0].norm()) < FLAT_BOUND["fp8"]
+
+
+@pytest.mark.parametrize("rule", [dict(topk=0.4), dict(cdfthreshd=0.6)], ids=["one length", "lists of any length"])
+def test_hopper_counts_its_items_anew_in_every_call(machine, monkeypatch, rule):
+    """Two calls with one workspace: the second finds in it the counter as the first one left it."""
+    used, counters, spaces = machine("sm90"), [], []
+    plain, launch = backend._empty, used.launch
+
+    def empty(shape, dtype, device):
+        if dtype != torch.uint8:
+            return plain(shape, dtype, device)
+        spaces.append(spaces[0] if spaces else plain(shape, dtype, device))
+        return spaces[-1]
+
+    def launch_and_look(kernel, grid, threads, shared, params, stream):
+        launch(kernel, grid, threads, shared, params, stream)
+        if kernel.name == "sparge_attention_sm90":
+            counters.append((grid, threads, ctypes.c_int32.from_address(params.counter).value))
+
+    monkeypatch.setattr(backend, "_empty", empty)
+    monkeypatch.setattr(used, "launch", launch_and_look)
+    q, k, v = (clustered(seed, 2, 2, 400, 64) for seed in (1, 3, 5))
+    first, second = (sparse_attention(q, k, v, **rule, backend="cuda") for _ in range(2))
+    assert torch.equal(first, second) and len(spaces) == 2
+    # Two multiprocessors; each block draws once more than there are items for it.
+    assert counters == [(2, 384, 2 * 2 * 4 + 2)] * 2
+    steps = ["sparge_statistics", "sparge_prepass", "sparge_select", *["sparge_sequence"] * ("cdfthreshd" in rule), "sparge_attention_sm90"]
+    assert used.launched == 2 * steps
 
 
 def test_compiled_with_changing_lengths_and_numbers(machine):

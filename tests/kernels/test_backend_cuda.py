@@ -21,13 +21,15 @@ from sparge_kernels.selection import Rule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 KERNELS = ["sparge_statistics", "sparge_prepass", "sparge_select", "sparge_attention_mma"]
+ON_HOPPER = [*KERNELS[:3], "sparge_attention_sm90"]
+IN_SEQUENCE = [*KERNELS[:3], "sparge_sequence", "sparge_attention_sm90"]
 
 
 class RecordingMachine:
-    """A GPU that notes its launches: (kernel, variant, grid, shared memory, a copy of the struct)."""
+    """A GPU that notes its launches: (kernel, variant, grid, shared memory, a copy of the struct, threads)."""
 
-    def __init__(self, pv="int8", processors=84):
-        self.arch, self.pv, self.processors, self.launched = "sm_89", pv, processors, []
+    def __init__(self, pv="int8", processors=84, arch="sm_89"):
+        self.arch, self.pv, self.processors, self.launched = arch, pv, processors, []
 
     def missing(self, variants):
         return None
@@ -35,9 +37,9 @@ class RecordingMachine:
     def kernel(self, variant, symbol):
         return SimpleNamespace(variant=variant.name, name=symbol)
 
-    def launch(self, kernel, grid, shared, params, stream):
+    def launch(self, kernel, grid, threads, shared, params, stream):
         assert stream == 7
-        self.launched.append((kernel.name, kernel.variant, grid, shared, type(params).from_buffer_copy(params)))
+        self.launched.append((kernel.name, kernel.variant, grid, shared, type(params).from_buffer_copy(params), threads))
 
     def here(self):
         return contextlib.nullcontext()
@@ -129,6 +131,77 @@ def test_four_launches_few_allocations_and_no_wait(machine, rand, name):
         assert names == made
 
 
+@pytest.fixture
+def hopper(monkeypatch):
+    made = RecordingMachine("fp8", 132, "sm_90")
+    monkeypatch.setattr(backend, "machine_of", lambda device: (made, None))
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_on_hopper_an_order_is_launched_where_lists_may_differ(hopper, rand, name):
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    names, _ = run_case(rand, name)
+    wanted = IN_SEQUENCE if name == "block map" else ON_HOPPER
+    assert [launch[0] for launch in hopper.launched[len(wanted) :]] == wanted
+    assert not WAITING & set(names), names
+
+
+@pytest.mark.parametrize(
+    "rule, s_q, sequence",
+    [
+        (Rule(0.3, None, -1.0), 333, False), (Rule(torch.full((4,), 0.3), None, -1.0), 333, False), (Rule(None, 0.5, -1.0), 333, True),
+        (Rule(0.3, torch.full((4,), 0.5), -1.0), 333, True), (Rule(0.3, None, 0.4), 333, True),
+        (Rule(0.3, None, torch.full((4,), 0.4)), 333, True), (Rule(None, 0.5, -1.0), 128, False), (Rule(None, 0.5, -1.0), 129, True),
+    ],
+    ids=["topk", "topk per head", "cdf", "cdf per head", "judge", "judge per head", "one query block", "two query blocks"],
+)  # fmt: skip
+def test_the_counter_and_the_sequence(hopper, rand, rule, s_q, sequence):
+    q, k, v = tensors(rand, s_q=s_q)
+    backend.run(call_of(q, k), q, k, v, rule, None, None)
+    found = {name: struct_values(params) for name, _, _, _, params, _ in hopper.launched}
+    assert list(found) == (IN_SEQUENCE if sequence else ON_HOPPER)
+    select, attend = found["sparge_select"], found["sparge_attention_sm90"]
+    assert select["counter"] is not None and select["counter"] == attend["counter"]
+    assert (attend["sequence"] is not None) == sequence
+    if sequence:
+        assert found["sparge_sequence"] == {"counts": attend["counts"], "sequence": attend["sequence"], "s_q": s_q}
+
+
+@pytest.mark.parametrize("b, h, s_q, grid", [(1, 1, 100, 1), (2, 4, 333, 24), (1, 4, 128 * 33, 132), (1, 4, 128 * 33 + 1, 132), (3, 24, 2000, 132)])
+def test_hoppers_grid_is_the_device(hopper, rand, b, h, s_q, grid):
+    q, k, v = torch.zeros(b, h, s_q, 8).half(), *torch.zeros(2, b, h, 64, 8).half()
+    backend.run(call_of(q, k), q, k, v, Rule(None, 0.5, -1.0), None, None)
+    found = {name: (variant, got, shared, threads) for name, variant, got, shared, _, threads in hopper.launched}
+    variant = config.hopper_variant(64, False, config.hopper_config(64))
+    assert found["sparge_attention_sm90"] == (variant.name, grid, variant.shared, 384)
+    if s_q > 128:
+        assert found["sparge_sequence"] == ("select_d64", b * h, 0, 256)
+    assert {threads for name, (*_, threads) in found.items() if name != "sparge_attention_sm90"} == {256}
+
+
+@pytest.mark.parametrize("d, e", [(40, 64), (128, 128)])
+@pytest.mark.parametrize("pv", config.PV)
+def test_hoppers_kernel_is_for_fp8(monkeypatch, rand, pv, d, e):
+    made = RecordingMachine(pv, 132, "sm_90")
+    monkeypatch.setattr(backend, "machine_of", lambda device: (made, None))
+    q, k, v = tensors(rand, d=d)
+    for masked in (False, True):
+        made.launched.clear()
+        backend.run(call_of(q, k, masked=masked), q, k, v, Rule(None, 0.5, -1.0), None, torch.ones(2, 400, dtype=torch.bool) if masked else None)
+        kernel = "sm90" if pv == "fp8" else "mma"
+        name, variant, _, _, params, _ = made.launched[-1]
+        assert (name, variant) == (f"sparge_attention_{kernel}", f"attention_{kernel}_d{e}_{pv}" + "_masked" * masked)
+        assert len(made.launched) == (5 if pv == "fp8" else 4) and (params.counter is None) == (params.sequence is None) == (pv != "fp8")
+        assert next(struct for symbol, _, _, _, struct, _ in made.launched if symbol == "sparge_prepass").pv == config.PV.index(pv)
+
+
+def test_selection_alone_needs_no_counter_on_hopper(hopper, rand):
+    q, k, _ = tensors(rand)
+    backend.select(call_of(q, k), q, k, Rule(None, 0.5, -1.0), None)
+    assert [launch[0] for launch in hopper.launched] == KERNELS[:3] and hopper.launched[-1][4].counter is None
+
+
 def test_select_blocks_launches_three(machine, rand):
     q, k, _ = tensors(rand)
     lists, counts, visible = backend.select(call_of(q, k), q, k, Rule(0.3, None, -1.0), None)
@@ -161,7 +234,7 @@ def struct_values(params):
 
 
 def launched(machine):
-    return {symbol: struct_values(params) for symbol, _, _, _, params in machine.launched[-4:]}
+    return {symbol: struct_values(params) for symbol, _, _, _, params, _ in machine.launched[-4:]}
 
 
 def test_sizes_strides_and_scalars(machine, rand):
@@ -198,6 +271,7 @@ OPTIONAL = {
     "lse": {"lse", "lse_shift"}, "bool mask": {"key_valid", "bias2"}, "float mask": {"key_bias", "bias2", "top"},
     "always_keep": {"forced_q", "forced_k"}, "per head": {"pv_heads"}, "compensate": {"lse", "lse_shift", "v_mean", "state", "row_shift"},
     "block map": {"block_map"}, "judge": {"q_sim", "k_sim"}, "order": {"perm"}, "rule per head": {"topk_heads", "cdf_heads", "sim_heads"},
+    "Hopper's kernel": {"counter", "sequence"},
 }  # fmt: skip
 
 
@@ -243,7 +317,7 @@ def problem(**changes):
     values = dict(
         batch=2, heads=4, kv_heads=2, s_q=333, s_k=1000, dim=40, dtype="float16", pv="int8", capacity=7, q_stride=(1, 1, 1, 1), k_stride=(1, 1, 1, 1),
         v_stride=(1, 1, 1, 1), causal=False, causal_offset=0, subblock=True, smooth_k=True, judged=False, compensate=False, want_lse=False,
-        masked=False, processors=84,
+        masked=False, drawn=False, sequenced=False, processors=84,
     )  # fmt: skip
     return workspace.Problem(**{**values, **changes})
 
@@ -252,7 +326,8 @@ def problem(**changes):
 @pytest.mark.parametrize("features", list(itertools.product([False, True], repeat=4)), ids=lambda f: "".join("01"[x] for x in f))
 def test_buffers_are_aligned_and_do_not_overlap(pv, features):
     judged, compensate, want_lse, masked = features
-    layout = workspace.plan(problem(pv=pv, judged=judged, compensate=compensate, want_lse=want_lse, masked=masked))
+    how = dict(judged=judged, compensate=compensate, want_lse=want_lse, masked=masked)
+    layout = workspace.plan(problem(pv=pv, **how, drawn=pv == "fp8", sequenced=pv == "fp8" and judged))
     end = 0
     for offset, shape, dtype in sorted(layout.buffers.values()):
         assert offset % 256 == 0 and offset >= end
@@ -393,22 +468,71 @@ def test_missing_binaries(gpu, monkeypatch):
     assert asked == [(0, ["prepass_d128_bfloat16", "select_d128", "attention_mma_d128_int8_masked"])]
 
 
-@pytest.mark.parametrize("value, capability, pv", [("fp16", (8, 6), "fp16"), ("fp8", (8, 9), "fp8"), (None, (8, 6), "int8"), ("fp8", (8, 6), None)])
+@pytest.mark.parametrize(
+    "value, capability, pv",
+    [
+        ("fp16", (8, 6), "fp16"), ("fp8", (8, 9), "fp8"), (None, (8, 6), "int8"), ("fp8", (8, 6), None), (None, (9, 0), "fp8"),
+        ("int8", (9, 0), "int8"), ("fp16", (9, 0), "fp16"), ("fp8", (9, 0), "fp8"), ("fp8", (12, 0), "fp8"), (None, (12, 0), "int8"),
+        ("fp8", (10, 0), None), (None, (10, 0), "int8"),
+    ],
+)  # fmt: skip
 def test_the_environment_chooses_the_form_of_p_and_v(gpu, monkeypatch, value, capability, pv):
+    monkeypatch.setattr(loader, "why_not", lambda device, variants: None)
     monkeypatch.delenv("SPARGE_PV", raising=False)
     if value is not None:
         monkeypatch.setenv("SPARGE_PV", value)
     gpu(capability)
     machine, reason = backend.machine_of(GPU)
     if pv is None:
-        assert machine is None and "SPARGE_PV" in reason and "sm_86" in reason
+        assert machine is None and reason == (
+            "SPARGE_PV is fp8, which these kernels have for sm_89, sm_90 and sm_120 only, this GPU is "
+            f"sm_{capability[0]}{capability[1]}; set int8 or fp16, or unset it"
+        )
     else:
-        assert machine.pv == pv and machine.arch == f"sm_{capability[0]}{capability[1]}"
+        assert machine.pv == pv and machine.arch == f"sm_{capability[0]}{capability[1]}" and machine.note == ""
 
 
-def test_launches_go_through_the_loader_and_the_driver(gpu, monkeypatch, rand):
+def test_the_environment_has_three_words(gpu, monkeypatch):
+    gpu((9, 0))
+    monkeypatch.setenv("SPARGE_PV", "fp4")
+    with pytest.raises(ValueError, match="SPARGE_PV must be one of int8, fp8, fp16, got 'fp4'"):
+        backend.machine_of(GPU)
+
+
+def without_hoppers_kernel(device, variants):
+    lacking = [variant.name for variant in variants if variant.exact]
+    return f"no binary of {lacking[0]} for sm_90: nothing compiles it" if lacking else None
+
+
+def test_without_its_own_kernel_hopper_takes_the_common_one_and_says_so(gpu, monkeypatch, rand):
+    gpu((9, 0))
+    monkeypatch.delenv("SPARGE_PV", raising=False)
+    monkeypatch.setattr(loader, "why_not", without_hoppers_kernel)
+    monkeypatch.setattr(loader, "kernel", lambda device, variant, symbol: SimpleNamespace(origin=f"{variant.name}, packaged for sm_90"))
+    machine, _ = backend.machine_of(GPU)
+    assert machine.pv == "int8" and backend.why_not(ops.Call(GPU, dtype=torch.float16)) is None
+    status = backends()["cuda"]
+    assert status.available and status.reason == (
+        "Some GPU: sm_90, attention_mma_d128_int8, packaged for sm_90; P and V are int8, because of fp8 there is "
+        "no binary of attention_sm90_d64_fp8 for sm_90: nothing compiles it"
+    )
+
+
+def test_what_was_asked_for_is_not_replaced(gpu, monkeypatch):
+    gpu((9, 0))
+    monkeypatch.setenv("SPARGE_PV", "fp8")
+    monkeypatch.setattr(loader, "why_not", without_hoppers_kernel)
+    assert backend.machine_of(GPU)[0].pv == "fp8"
+    assert "attention_sm90_d128_fp8" in backend.why_not(ops.Call(GPU, dim=128, dtype=torch.float16))
+    assert not backends()["cuda"].available
+
+
+@pytest.mark.parametrize("capability, kernels", [((8, 6), KERNELS), ((9, 0), ON_HOPPER)])
+def test_launches_go_through_the_loader_and_the_driver(gpu, monkeypatch, rand, capability, kernels):
     """The real machine: kernels of its device, on its current stream, inside its device context."""
-    gpu()
+    gpu(capability)
+    monkeypatch.delenv("SPARGE_PV", raising=False)
+    monkeypatch.setattr(loader, "why_not", lambda device, variants: None)
     inside, launches = [], []
 
     @contextlib.contextmanager
@@ -424,8 +548,9 @@ def test_launches_go_through_the_loader_and_the_driver(gpu, monkeypatch, rand):
     q, k, v = tensors(rand)
     call = dataclasses.replace(call_of(q, k), device=GPU)
     backend.run(call, q, k, v, Rule(0.3, None, -1.0), None, None)
-    assert [kernel[2] for kernel, *_ in launches] == KERNELS and {kernel[0] for kernel, *_ in launches} == {0}
-    assert all(threads == 256 and stream == 50 and within == [0] for _, _, threads, _, stream, within in launches)
+    assert [kernel[2] for kernel, *_ in launches] == kernels and {kernel[0] for kernel, *_ in launches} == {0}
+    assert [threads for _, _, threads, *_ in launches] == [256] * 3 + [384 if capability == (9, 0) else 256]
+    assert all(stream == 50 and within == [0] for *_, stream, within in launches)
     assert all(grid > 0 and shared > 0 for _, grid, _, shared, _, _ in launches)
 
 

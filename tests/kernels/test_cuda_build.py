@@ -47,8 +47,8 @@ extern "C" __global__ void sample_small(float* p, int n) {
 SYMBOLS = ("sample_large", "sample_small")
 
 
-def sample_variant(threads: int = 256, **changes) -> Variant:
-    return dataclasses.replace(Variant("sample", "sample.cu", SYMBOLS, (("SAMPLE_THREADS", threads),), 0, 160), **changes)
+def sample_variant(declared: int = 256, **changes) -> Variant:
+    return dataclasses.replace(Variant("sample", "sample.cu", SYMBOLS, (("SAMPLE_THREADS", declared),), 0, 160), **changes)
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def test_only_what_changed_is_compiled_again(tool, sources, tmp_path):
     first = compile_sample(tool, sources, work)
     before = file.stat().st_mtime_ns
     assert compile_sample(tool, sources, work).code == first.code and file.stat().st_mtime_ns == before
-    assert compile_sample(tool, sources, work, threads=64).code != first.code  # the command is another
+    assert compile_sample(tool, sources, work, declared=64).code != first.code  # the command is another
     compile_sample(tool, sources, work)
     header = sources / "sample.cuh"
     header.write_text(header.read_text().replace("2.0f", "3.0f"))
@@ -228,6 +228,56 @@ def test_digest_sees_everything_that_decides_the_bytes(sources, monkeypatch):
     assert digest() in seen
 
 
+# ---- Hopper's own kernel -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_forms_of_p_and_v():
+    by_form = {pv: [arch for arch in config.CHECKED if pv in config.forms(arch)] for pv in config.PV}
+    assert by_form == {"int8": list(config.CHECKED), "fp8": ["sm_89", "sm_90", "sm_120"], "fp16": list(config.CHECKED)}
+    assert {arch: config.pv_for(arch) for arch in config.CHECKED if config.pv_for(arch) != "int8"} == {"sm_90": "fp8"}
+    sources = {pv: config.attention_variant("sm_90", 64, pv, True).source for pv in config.PV}
+    assert sources == {"int8": "attention_mma.cuh", "fp8": "attention_sm90.cuh", "fp16": "attention_mma.cuh"}
+    exact = {(arch, v.name) for arch in config.CHECKED for v in config.variants(arch) if v.exact}
+    assert exact == {("sm_90", f"attention_sm90_d{dim}_fp8{masked}") for dim in config.DIMS for masked in ("", "_masked")}
+
+
+@pytest.mark.parametrize("dim, nbytes", [(64, 1024 + 2 * 8192 + 6 * 2 * (4096 + 4096 + 512) + 2048), (128, 1024 + 32768 + 8 * (16384 + 512) + 2048)])
+def test_hoppers_configurations(dim, nbytes):
+    chosen, candidates = config.hopper_config(dim), config.hopper_candidates(dim)
+    variants = [config.hopper_variant(dim, False, c) for c in candidates]
+    assert chosen in candidates and len({v.name for v in variants}) == len({v.defines for v in variants}) == len(candidates) == 13
+    assert all(config.hopper_shared(dim, c) == v.shared <= config.HOPPER_SHARED for c, v in zip(candidates, variants, strict=True))
+    assert config.hopper_shared(dim, chosen) == nbytes
+    assert {(c.tile_blocks, c.overlap, c.split) for c in candidates} == {(2, False, False), (3, False, False), (2, False, True), (2, True, True)}
+    assert {(v.threads, v.exact, v.spill_bound) for v in variants} == {(384, "sm_90a", 0)}
+    other = dataclasses.replace(chosen, ones=False, overlap=True, split=True, poly=8, stages=3)
+    named = config.hopper_variant(dim, True, other)
+    assert other.label == "n128 s3 overlap split poly8" and named.name == f"attention_sm90_d{dim}_fp8_masked_n128_s3_overlap_split_poly8"
+    assert dict(named.defines) == dict(
+        SPARGE_DIM=dim, SPARGE_MASKED=1, SPARGE_TILE_BLOCKS=2, SPARGE_ONES=0, SPARGE_OVERLAP=1, SPARGE_SPLIT=1, SPARGE_POLY=8, SPARGE_STAGES=3
+    )
+    assert config.hopper_variant(dim, True, chosen).name == f"attention_sm90_d{dim}_fp8_masked"
+
+
+EXACT = """
+extern "C" __global__ void __launch_bounds__(384) sample_large(int* p) { asm volatile("wgmma.fence.sync.aligned;"); *p = 1; }
+extern "C" __global__ void __launch_bounds__(384) sample_small(int* p) { *p = 2; }
+"""
+
+
+def test_a_variant_of_one_exact_arch_is_built_for_it_and_stored_with_its_devices(tool, sources, tmp_path):
+    (sources / "sample.cu").write_text(EXACT)
+    built = compile_sample(tool, sources, tmp_path / "work", "sm_90", exact="sm_90a")
+    assert (built.arch, built.program.arch) == ("sm_90", "sm_90a")
+    complaints = {f"sample_{which} in sample for sm_90a is declared for 384 threads, expected 256" for which in ("large", "small")}
+    assert set(build.complaints(built)) == complaints
+    built = dataclasses.replace(built, variant=sample_variant(threads=384, exact="sm_90a"))
+    told = build.write([built], tmp_path / "out", about=ABOUT)
+    assert told["cubins"]["sm_90"]["sample"]["arch"] == "sm_90a" and (tmp_path / "out" / "cubins" / "sm_90" / "sample.cubin.z").is_file()
+    with pytest.raises(BuildError, match="wgmma"):
+        compile_sample(tool, sources, tmp_path / "work", "sm_90")
+
+
 # ---- what is written -----------------------------------------------------------------------------------------------------------------------------
 
 ABOUT = (("name", "NVRTC"), ("version", "12.8"))
@@ -250,6 +300,7 @@ def test_write_is_deterministic_and_describes_each_file(tool, sources, tmp_path)
     entry = told["cubins"]["sm_86"]["sample"]
     assert zlib.decompress((tmp_path / "one" / "cubins" / entry["file"]).read_bytes()) == built[1].code
     assert entry["sha256"] == hashlib.sha256(built[1].code).hexdigest() and entry["source_sha256"] == built[1].program.digest
+    assert entry["arch"] == "sm_86"
     assert {k: sorted(v) for k, v in entry["symbols"].items()} == {k: ["local", "registers", "shared", "threads"] for k in SYMBOLS}
     assert entry["symbols"]["sample_large"]["local"] == 160
 

@@ -36,7 +36,7 @@ class Compiler:
         return self._archs
 
     def compile(self, source):
-        if self.fault or source.arch not in self._archs:
+        if self.fault or source.arch.rstrip("a") not in self._archs:
             raise nvrtc.CompilerError(self.fault or f"NVRTC {self.version} cannot compile for {source.arch}")
         self.compiled.append((source.name, source.arch, source.defines))
         return f"code of {source.digest} by {self.version}".encode()
@@ -79,7 +79,7 @@ def package(tmp_path):
         manifest["cubins"].setdefault(arch, {})[variant.name] = {
             "file": f"{arch}/{variant.name}.cubin.z",
             "sha256": hashlib.sha256(code).hexdigest(),
-            "source_sha256": nvrtc.program(variant.source, arch, variant.defines, folder / "src").digest,
+            "source_sha256": nvrtc.program(variant.source, variant.target(arch), variant.defines, folder / "src").digest,
             "symbols": {},
         }
         (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -137,6 +137,38 @@ def test_a_variant_that_the_exact_arch_lacks_is_taken_from_a_lower_one(package):
     package.add("sm_80")
     package.add("sm_86", OTHER)
     assert make(package).find("sm_86", VARIANT).arch == "sm_80"
+
+
+EXACT = Variant("toy", "toy.cuh", ("toy_one", "toy_two"), (("SIZE", 64),), 0, 0, exact="sm_90a")
+
+
+def test_a_variant_of_one_exact_arch_is_packaged_with_its_devices(package):
+    package.add("sm_90", EXACT)
+    assert make(package).find("sm_90", EXACT) == Binary(b"toy for sm_90", "sm_90a", "packaged for sm_90a")
+    package.add("sm_90", VARIANT)  # the same file, for any device of the major version: stale for the exact one, which has another target
+    with pytest.raises(NoBinary, match="it was built from other sources than those beside it"):
+        make(package).find("sm_90", EXACT)
+
+
+@pytest.mark.parametrize("device", ["sm_89", "sm_91", "sm_100", "sm_103", "sm_120"])
+def test_a_variant_of_one_exact_arch_is_offered_to_no_other(package, device):
+    package.add("sm_90", EXACT)
+    compiler = Compiler(archs=("sm_89", "sm_90", "sm_91", "sm_100", "sm_103", "sm_120"))
+    with pytest.raises(NoBinary) as raised:
+        make(package, compiler).find(device, EXACT)
+    assert raised.value.reasons == (
+        f"no packaged binary runs on {device} (there are some for sm_90a)",
+        f"it cannot be compiled for {device}, because its code is for sm_90a alone",
+    )
+    assert compiler.compiled == []
+
+
+def test_a_variant_of_one_exact_arch_is_compiled_for_it(package):
+    old, new = Compiler("11.0", archs=("sm_80",)), Compiler(archs=("sm_89", "sm_90", "sm_100"))
+    found = make(package, old, new).find("sm_90", EXACT)
+    assert (found.arch, found.origin) == ("sm_90a", "compiled by NVRTC 12.8 for sm_90a")
+    assert new.compiled == [("toy.cuh", "sm_90a", (("SIZE", 64),))]
+    assert make(package, Compiler()).find("sm_90", EXACT).origin == "cached, compiled by NVRTC 12.8 for sm_90a"
 
 
 def damage(file: Path) -> None:

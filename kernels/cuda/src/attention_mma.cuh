@@ -17,139 +17,27 @@
 constexpr int kDim = SPARGE_DIM;
 constexpr int kPv = SPARGE_PV;
 constexpr bool kMasked = SPARGE_MASKED;
+constexpr int kTileBlocks = kDim == 64 ? 2 : 1;
+constexpr bool kSumRounded = kPv == kPvFp8;
+constexpr int kPolynomial = 0;
+#include <epilogue.cuh>
+
 constexpr int kThreads = 256;
 constexpr int kStages = 3;
-constexpr int kTileBlocks = kDim == 64 ? 2 : 1;
-constexpr int kBlockTiles = kBlockK / 8;                            // accumulators of 16 x 8 per key block
-constexpr int kKeyTiles = kBlockTiles * kTileBlocks;
-constexpr int kGroupKeys = kPv == kPvHalf ? 16 : 32;                // keys of one P V instruction
-constexpr int kGroups = kBlockK * kTileBlocks / kGroupKeys;
 constexpr int kBlockBytesK = kBlockK * kDim;
 constexpr int kBlockBytesV = kBlockK * kDim * (kPv == kPvHalf ? 2 : 1);
 constexpr int kStageBytes = kTileBlocks * (kBlockBytesK + kBlockBytesV);
 constexpr int kRowBytesV = kPv == kPvHalf ? 2 * kDim : kBlockK;     // fp16: a key's channels; 8 bit: a channel's keys
-constexpr float kNone = kNothingSkipped;                            // running maximum before the first tile
-constexpr float kLog2Of255 = 7.99435344f;
-constexpr float kOffset = kPv == kPvFp8 ? 8.0f : 0.0f;              // log2 of what FP8's P, sum and O are multiplied by
 
-// Byte offset of a 16-byte chunk in a tile whose rows have kRowBytes: eight rows read together lie in different banks.
+// Byte offset of a 16-byte chunk in a tile whose rows have kRowBytes.
 template <int kRowBytes>
 DEVICE uint32_t swizzled(int row, int chunk) {
-  return row * kRowBytes + ((chunk ^ (kRowBytes >= 128 ? row & 7 : (row >> 1) & 3)) << 4);
+  return row * kRowBytes + (chunk_of(kRowBytes, row, chunk) << 4);
 }
 
-template <int kRowBytes, int kBytes>
+template <int kBytes>
 DEVICE void copy_block(uint32_t shared, const char* global) {
-  constexpr int kChunks = kRowBytes / 16;
-  UNROLL for (int i = 0; i < kBytes / 16; i += kThreads) {
-    int chunk = i + thread_id();
-    copy_async_16(shared + swizzled<kRowBytes>(chunk / kChunks, chunk % kChunks), global + chunk * 16);
-  }
-}
-
-// What a thread knows of its two rows, g and g + 8 of the warp's sixteen.
-struct Rows {
-  float top[2];    // running maximum, log2 units; only tiles that were not dropped move it
-  float sum[2];    // INT8, fp16: this thread's part; FP8: the whole
-  bool real[2];    // rows past S_q have no say in what is dropped
-};
-
-struct Tile {
-  int64_t first_key[kTileBlocks];  // of each block
-  int blocks;                      // 1 or kTileBlocks
-};
-
-// Scores as fp32 in place of the integers, -inf where a key is masked, past the end, behind the causal edge or in the missing half.
-DEVICE void mask_scores(const AttentionParams& p, int (&acc)[kKeyTiles][4], const float (&factor)[kTileBlocks][2], const Tile& tile, const float* bias2,
-                        int64_t row) {
-  UNROLL for (int j = 0; j < kKeyTiles; j++) {
-    int block = j / kBlockTiles;
-    bool missing = block >= tile.blocks;
-    UNROLL for (int e = 0; e < 4; e++) {
-      int64_t key = tile.first_key[block] + (j % kBlockTiles) * 8 + (lane_id() & 3) * 2 + (e & 1);
-      bool out = missing || key >= p.s_k || (p.causal && key > row + (e >> 1) * 8 + p.causal_offset);
-      float score = to_float(acc[j][e]) * factor[block][e >> 1];
-      if (kMasked && !out) score += bias2[key];
-      acc[j][e] = (int)as_bits(out ? -infinity() : score);
-    }
-  }
-}
-
-// Maxima, decision and P of one tile. kEdge: acc holds fp32 scores (mask_scores), else integers. Returns whether the warp keeps the tile; then
-// `decay` is what O is multiplied by, `gain` what the tile's P V is multiplied by, `weights` P as the operand of the second product.
-template <bool kEdge>
-DEVICE bool softmax(const int (&acc)[kKeyTiles][4], const float (&factor)[kTileBlocks][2], float threshold, Rows& rows, uint32_t (&weights)[kGroups][4],
-                    float (&decay)[2], float (&gain)[2]) {
-  float tile_top[2];
-  bool needed = false;
-  UNROLL for (int h = 0; h < 2; h++) {
-    float top = -infinity();
-    UNROLL for (int block = 0; block < kTileBlocks; block++) {
-      if (kEdge) {
-        UNROLL for (int j = 0; j < kBlockTiles; j++) {
-          top = max_of(top, max_of(as_float(acc[block * kBlockTiles + j][2 * h]), as_float(acc[block * kBlockTiles + j][2 * h + 1])));
-        }
-      } else {  // the factor is not negative: the largest integer is the largest score
-        int most = acc[block * kBlockTiles][2 * h];
-        UNROLL for (int j = 0; j < kBlockTiles; j++) {
-          most = max_of(most, max_of(acc[block * kBlockTiles + j][2 * h], acc[block * kBlockTiles + j][2 * h + 1]));
-        }
-        float score = to_float(most) * factor[block][h];
-        top = block == 0 ? score : max_of(top, score);
-      }
-    }
-    top = max_of(top, shuffle_xor(top, 1));
-    tile_top[h] = max_of(top, shuffle_xor(top, 2));
-    // Written so that NaN objects; a row that sees nothing here (-inf) does not.
-    needed |= rows.real[h] && !(tile_top[h] <= rows.top[h] - threshold);
-  }
-  if (!any_lane(needed)) return false;
-
-  float base[2];
-  UNROLL for (int h = 0; h < 2; h++) {
-    float own = max_of(tile_top[h], kNone);
-    float top = max_of(rows.top[h], own);
-    decay[h] = exp2_of(rows.top[h] - top);
-    rows.top[h] = top;
-    // What rounding the two sums of large scores may add must not take P past 255, where its byte would wrap.
-    float slack = max_of(absolute(own) - 8192.0f, 0.0f) * (1.0f / 2097152.0f);
-    base[h] = kPv == kPvInt8 ? kLog2Of255 - own - slack : kOffset - top;
-    gain[h] = kPv == kPvInt8 ? exp2_of(own - top) * (1.0f / 255.0f) : 1.0f;
-  }
-  float sum[2] = {0.0f, 0.0f};
-  UNROLL for (int g = 0; g < kGroups; g++) {
-    constexpr int kTilesHere = kGroupKeys / 8;
-    float w[kTilesHere][4];
-    UNROLL for (int i = 0; i < kTilesHere; i++) {
-      int j = g * kTilesHere + i;
-      UNROLL for (int e = 0; e < 4; e++) {
-        int h = e >> 1;
-        w[i][e] = exp2_of(kEdge ? as_float(acc[j][e]) + base[h] : fused(to_float(acc[j][e]), factor[j / kBlockTiles][h], base[h]));
-        if (kPv != kPvFp8) sum[h] += w[i][e];
-      }
-    }
-    if constexpr (kPv == kPvHalf) {
-      weights[g][0] = pack_half(w[0][0], w[0][1]);
-      weights[g][1] = pack_half(w[0][2], w[0][3]);
-      weights[g][2] = pack_half(w[1][0], w[1][1]);
-      weights[g][3] = pack_half(w[1][2], w[1][3]);
-    } else {
-      UNROLL for (int half = 0; half < 2; half++) {
-        UNROLL for (int h = 0; h < 2; h++) {
-          float a = w[2 * half][2 * h], b = w[2 * half][2 * h + 1], c = w[2 * half + 1][2 * h], d = w[2 * half + 1][2 * h + 1];
-          if constexpr (kPv == kPvInt8) {
-            weights[g][2 * half + h] = pack_uint8(a, b, c, d);
-          } else {
-            weights[g][2 * half + h] = pack_e4m3(a, b, c, d);
-          }
-        }
-      }
-    }
-  }
-  if (kPv != kPvFp8) {
-    UNROLL for (int h = 0; h < 2; h++) rows.sum[h] = fused(rows.sum[h], decay[h], sum[h] * gain[h]);
-  }
-  return true;
+  UNROLL for (int i = 0; i < kBytes; i += 16 * kThreads) copy_async_16(shared + i + 16 * thread_id(), global + i + 16 * thread_id());
 }
 
 // O = O * decay + gain * P V for one tile; FP8 also takes the row sums.
@@ -202,45 +90,18 @@ DEVICE void add_values(const uint32_t (&weights)[kGroups][4], uint32_t shared_v,
   }
 }
 
-// Four consecutive channels of one row of the output.
-DEVICE void store_four(const AttentionParams& p, int64_t at, int column, bool wide, const float (&value)[4]) {
-  if (p.out_type == kFloat) {
-    float* out = (float*)p.out + at;
-    UNROLL for (int i = 0; i < 4; i++) {
-      if (column + i < p.dim) out[column + i] = value[i];
-    }
-    return;
-  }
-  uint16_t* out = (uint16_t*)p.out + at;
-  Bytes8 words;
-  UNROLL for (int i = 0; i < 2; i++) {
-    words.word[i] = p.out_type == kHalf ? pack_half(value[2 * i], value[2 * i + 1]) : pack_bfloat(value[2 * i], value[2 * i + 1]);
-  }
-  if (wide) {
-    if (column < p.dim) *(Bytes8*)(out + column) = words;
-    return;
-  }
-  UNROLL for (int i = 0; i < 4; i++) {
-    if (column + i < p.dim) out[column + i] = (uint16_t)(words.word[i / 2] >> (16 * (i & 1)));
-  }
-}
-
 KERNEL(sparge_attention_mma, kThreads, AttentionParams) {
   const int lane = lane_id(), group = lane >> 2;
   const int64_t blocks_q = (p.s_q + kBlockQ - 1) / kBlockQ, blocks_k = (p.s_k + kBlockK - 1) / kBlockK;
-  const int64_t head_of_batch = block_id() / blocks_q;
-  const int64_t block_q = blocks_q - 1 - block_id() % blocks_q;  // causal rows and text at the end keep the most: first
-  const int64_t batch = head_of_batch / p.heads, head = head_of_batch % p.heads;
-  const int64_t kv = batch * p.kv_heads + head / (p.heads / p.kv_heads);
-  const int64_t list = head_of_batch * blocks_q + block_q;
-  const uint16_t* ids = p.lists + list * p.capacity;
-  const int count = p.counts[list];
+  const Item item = item_at(p, block_id() / blocks_q, blocks_q - 1 - block_id() % blocks_q);  // causal rows and text at the end keep the most: first
+  const uint16_t* ids = p.lists + item.list * p.capacity;
+  const int count = p.counts[item.list];
   const int tiles = (count + kTileBlocks - 1) / kTileBlocks;
-  const int64_t row = block_q * kBlockQ + warp_id() * 16 + group;  // and row + 8
-  const char* k8 = (const char*)p.k8 + kv * blocks_k * kBlockBytesK;
-  const char* v8 = (const char*)p.v8 + kv * blocks_k * kBlockBytesV;
-  const float* k_scale = p.k_scale + kv * blocks_k;
-  const float* bias2 = kMasked ? p.bias2 + batch * blocks_k * kBlockK : nullptr;
+  const int64_t row = item.block_q * kBlockQ + warp_id() * 16 + group;  // and row + 8
+  const char* k8 = (const char*)p.k8 + item.kv * blocks_k * kBlockBytesK;
+  const char* v8 = (const char*)p.v8 + item.kv * blocks_k * kBlockBytesV;
+  const float* k_scale = p.k_scale + item.kv * blocks_k;
+  const float* bias2 = kMasked ? p.bias2 + item.batch * blocks_k * kBlockK : nullptr;
   const uint32_t stages = shared_address(shared_memory());
 
   int id_ahead[kTileBlocks];  // of the next tile to load: read a tile early, so that no load waits for its list
@@ -253,8 +114,8 @@ KERNEL(sparge_attention_mma, kThreads, AttentionParams) {
       uint32_t to_v = stage + kTileBlocks * kBlockBytesK + i * kBlockBytesV;
       if (t * kTileBlocks + i < count) {
         int64_t id = id_ahead[i];
-        copy_block<kDim, kBlockBytesK>(stage + i * kBlockBytesK, k8 + id * kBlockBytesK);
-        copy_block<kRowBytesV, kBlockBytesV>(to_v, v8 + id * kBlockBytesV);
+        copy_block<kBlockBytesK>(stage + i * kBlockBytesK, k8 + id * kBlockBytesK);
+        copy_block<kBlockBytesV>(to_v, v8 + id * kBlockBytesV);
       } else if (kPv != kPvInt8) {  // the missing half: its P is zero, but zero times whatever lies there might be NaN
         char* zero = shared_memory() + (to_v - stages);
         for (int b = thread_id() * 16; b < kBlockBytesV; b += kThreads * 16) *(Bytes16*)(zero + b) = Bytes16{};
@@ -271,17 +132,16 @@ KERNEL(sparge_attention_mma, kThreads, AttentionParams) {
   uint32_t q[kDim / 32][4];
   float q_scale[2];
   UNROLL for (int h = 0; h < 2; h++) {
-    int64_t at = head_of_batch * blocks_q * kBlockQ + row + h * 8;
+    int64_t at = item.head_of_batch * blocks_q * kBlockQ + row + h * 8;
     q_scale[h] = p.q_scale[at];
     const uint32_t* words = (const uint32_t*)(p.q8 + at * kDim) + (lane & 3);
     UNROLL for (int i = 0; i < kDim / 32; i++) {
-      q[i][h] = words[i * 8];
-      q[i][h + 2] = words[i * 8 + 4];
+      UNROLL for (int half = 0; half < 2; half++) q[i][h + 2 * half] = words[4 * chunk_of(kDim, group, 2 * i + half)];
     }
   }
   Rows rows = {{kNone, kNone}, {0.0f, 0.0f}, {row < p.s_q, row + 8 < p.s_q}};
   float o[kDim / 8][4] = {};
-  const float threshold = p.pv_heads ? p.pv_heads[head] : p.pvthreshd;
+  const float threshold = p.pv_heads ? p.pv_heads[item.head] : p.pvthreshd;
   int dropped = 0;
 
   for (int t = 0; t < tiles; t++) {
@@ -294,12 +154,9 @@ KERNEL(sparge_attention_mma, kThreads, AttentionParams) {
     Tile tile;
     tile.blocks = min_of(kTileBlocks, count - t * kTileBlocks);
     float factor[kTileBlocks][2];
-    bool edge = kMasked || tile.blocks < kTileBlocks;
     UNROLL for (int i = 0; i < kTileBlocks; i++) {
       int64_t id = i < tile.blocks ? ids[t * kTileBlocks + i] : 0;
       tile.first_key[i] = id * kBlockK;
-      int64_t last_key = tile.first_key[i] + kBlockK - 1;
-      edge |= last_key >= p.s_k || (p.causal && last_key > block_q * kBlockQ + p.causal_offset);
       UNROLL for (int h = 0; h < 2; h++) factor[i][h] = q_scale[h] * k_scale[id];
     }
 
@@ -314,12 +171,16 @@ KERNEL(sparge_attention_mma, kThreads, AttentionParams) {
     }
     uint32_t weights[kGroups][4];
     float decay[2], gain[2];
+    float tile_top[2];
+    const bool edge = has_edge(p, tile, item.block_q * kBlockQ);
     bool kept;
     if (edge) {
       mask_scores(p, acc, factor, tile, bias2, row);
-      kept = softmax<true>(acc, factor, threshold, rows, weights, decay, gain);
+      kept = any_lane(tile_maxima<true>(acc, factor, threshold, rows, tile_top));
+      if (kept) weigh<true>(acc, factor, tile_top, rows, weights, decay, gain);
     } else {
-      kept = softmax<false>(acc, factor, threshold, rows, weights, decay, gain);
+      kept = any_lane(tile_maxima<false>(acc, factor, threshold, rows, tile_top));
+      if (kept) weigh<false>(acc, factor, tile_top, rows, weights, decay, gain);
     }
     if (kept) {
       add_values(weights, stage + kTileBlocks * kBlockBytesK, decay, gain, rows, o);
@@ -329,56 +190,8 @@ KERNEL(sparge_attention_mma, kThreads, AttentionParams) {
   }
 
   if (lane == 0 && rows.real[0]) {  // lane 0 holds the warp's first row
-    atomic_add(p.skips + 2 * head_of_batch, dropped);
-    atomic_add(p.skips + 2 * head_of_batch + 1, tiles);
+    atomic_add(p.skips + 2 * item.head_of_batch, dropped);
+    atomic_add(p.skips + 2 * item.head_of_batch + 1, tiles);
   }
-  const float* state = p.state ? p.state + list * (4 + kDim) : nullptr;
-  const float* v_scale = p.v_scale + kv * kDim;
-  const int width = p.out_type == kFloat ? 4 : 2;
-  const bool wide = ((int64_t)p.out % 8 | p.out_stride.batch * width % 8 | p.out_stride.head * width % 8 | p.out_stride.token * width % 8 | p.dim % 4) == 0;
-  UNROLL for (int h = 0; h < 2; h++) {
-    int64_t here = row + h * 8;
-    int64_t token = p.perm && rows.real[h] ? p.perm[here] : here;
-    float sum = rows.sum[h], pooled = 0.0f, top = rows.top[h];
-    if (kPv != kPvFp8) {
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
-    }
-    sum *= exp2_of(-kOffset);
-    float kept = exp2_of(-kOffset);
-    if (state) {
-      float joint = max_of(top, state[0]);
-      pooled = exp2_of(state[0] - joint);
-      kept *= exp2_of(top - joint);
-      sum = fused(sum, exp2_of(top - joint), state[1] * pooled);
-      top = joint;
-    }
-    if (p.lse && rows.real[h] && (lane & 3) == 0) {
-      float value = sum == 0.0f ? -infinity() : (top + log2_of(sum)) * kLn2 + p.lse_shift[head_of_batch * p.s_q + here] + (p.top ? p.top[batch] : 0.0f);
-      p.lse[head_of_batch * p.s_q + token] = value;
-    }
-    float inverse = sum == 0.0f ? 0.0f : divide(1.0f, sum);
-    int64_t at = batch * p.out_stride.batch + head * p.out_stride.head + token * p.out_stride.token;
-    const float* shift = state && p.row_shift && rows.real[h] ? p.row_shift + (head_of_batch * p.s_q + token) * p.dim : nullptr;
-    UNROLL for (int j = 0; j < kDim / 8; j += 2) {
-      // Lanes of a pair swap, so that each has four consecutive channels: the even one of tile j, the odd one of tile j + 1.
-      bool odd = lane & 1;
-      float value[4];
-      UNROLL for (int e = 0; e < 2; e++) {
-        float got = shuffle_xor(odd ? o[j][2 * h + e] : o[j + 1][2 * h + e], 1);
-        value[e] = odd ? got : o[j][2 * h + e];
-        value[e + 2] = odd ? o[j + 1][2 * h + e] : got;
-      }
-      int column = (j + odd) * 8 + (lane & 2) * 2;
-      UNROLL for (int i = 0; i < 4; i++) {
-        value[i] *= kept * v_scale[column + i];
-        if (state) {
-          float skipped = state[4 + column + i] + (shift && column + i < p.dim ? state[2] * shift[column + i] : 0.0f);
-          value[i] = fused(skipped, pooled, value[i]);
-        }
-        value[i] *= inverse;
-      }
-      if (rows.real[h]) store_four(p, at, column, wide, value);
-    }
-  }
+  write_rows(p, item, row, rows, o);
 }

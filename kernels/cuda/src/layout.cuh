@@ -32,6 +32,13 @@ DEVICE constexpr int key_at_position(int position) {
   return (position & ~15) | (2 * ((position & 15) >> 2)) | (position & 1) | (((position >> 1) & 1) << 3);
 }
 
+// In q8, k8 and v8 the 16-byte chunks of every row are swizzled, so that a plain copy of a block to shared memory is a tile in which eight chunks of
+// neighbouring rows, which a matrix load reads together, lie in different banks. Chunk c of row r lies at chunk_of(bytes of a row, r, c) of that row,
+// and what lies at c is found the same way. Two rows of 64 bytes share a line of all banks, and so their order.
+DEVICE constexpr int chunk_of(int row_bytes, int row, int chunk) {
+  return chunk ^ (row_bytes >= 128 ? row & 7 : (row >> 1) & 3);
+}
+
 // Partial sums over one split of the keys, in the caller's order. Grid: B * H_kv * splits, split fastest.
 struct StatisticsParams {
   const void *k, *v;
@@ -56,11 +63,11 @@ struct PrepassParams {
   const float* k_sum;        // as above
   const float* k_count;
   const uint32_t* v_absmax;
-  int8_t* q8;                // (B, H, N_q * 128, E); rows and channels past the end are zero
+  int8_t* q8;                // (B, H, N_q * 128, E) swizzled; rows and channels past the end are zero
   float* q_scale;            // (B, H, N_q * 128) absmax / 127 * scale * log2(e): q8 k8 q_scale k_scale is the score in log2 units
-  int8_t* k8;                // (B, H_kv, N_k * 64, E) of K minus its centre; masked rows and what lies past the end are zero
+  int8_t* k8;                // (B, H_kv, N_k * 64, E) swizzled, of K minus its centre; masked rows and what lies past the end are zero
   float* k_scale;            // (B, H_kv, N_k) absmax / 127
-  void* v8;                  // int8 and e4m3: (B, H_kv, N_k, E, 64) permuted as above; fp16: (B, H_kv, N_k * 64, E). Masked rows are zero
+  void* v8;                  // swizzled. int8 and e4m3: (B, H_kv, N_k, E, 64) permuted as above; fp16: (B, H_kv, N_k * 64, E). Masked rows are zero
   float* v_scale;            // (B, H_kv, E): int8 absmax / 127; e4m3 absmax / 448; fp16 the power of two that brings absmax into (16384, 32768]
   float* bias2;              // (B, N_k * 64) key bias in log2 units, -inf where masked or past the end; null without a mask
   // Pools: fp16 pairs x = (high + low) * scale with a power of two per row, so that a product of three fp16 MMAs is as good as fp32.
@@ -96,6 +103,7 @@ struct SelectParams {
   int32_t* counts;                 // (B, H, N_q)
   int32_t* visible;                // (B, N_q) visible blocks of the row; written by head 0
   int32_t* skips;                  // (B, H, 2) zeroed here for the attention kernel
+  int32_t* counter;                // one number, zeroed here for the attention kernel; or null
   float* state;                    // (B, H, N_q, 4 + E): m0 (log2 units), l0, shift weight, unused, U; null unless compensating
   float* scratch;                  // (slots, 64, scratch_stride): the scores of the task at hand
   int64_t scratch_stride;          // at least N_k
@@ -107,9 +115,17 @@ struct SelectParams {
   int32_t shift;                   // compensation: 0 leaves out the variance (causal)
 };
 
-// Grid: B * H * N_q, heads slowest, the last query block of a head first.
+// The order in which a head's query blocks are worked on: the longest list first, of equal ones the last. Grid: B * H.
+struct SequenceParams {
+  const int32_t* counts;           // (B, H, N_q)
+  uint16_t* sequence;              // (B, H, N_q) query blocks
+  int32_t s_q;
+};
+
+// Grid: B * H * N_q, heads slowest, the last query block of a head first. Hopper's kernel: as many blocks as the device holds at once; they draw
+// those items from the counter, in the same order or the sequence's.
 struct AttentionParams {
-  const int8_t *q8, *k8;
+  const int8_t *q8, *k8;           // as above
   const void* v8;
   const float *q_scale, *k_scale, *v_scale;
   const float* bias2;              // (B, N_k * 64); read by the masked variants only
@@ -125,6 +141,8 @@ struct AttentionParams {
   int32_t* skips;                  // (B, H, 2): tiles that were dropped, all tiles of the lists; per warp of 16 rows
   const float* state;              // compensation, as above; or null
   const float* row_shift;          // (B, H, S_q, D) fp32, caller's order: scale * C q per row, what the shift weight multiplies; null without a shift
+  int32_t* counter;                // items drawn so far, at first zero; Hopper's kernel only
+  const uint16_t* sequence;        // (B, H, N_q) query blocks, the longest list first; null: N_q - 1, N_q - 2, ...; Hopper's kernel only
   float pvthreshd;                 // log2 units
   int32_t batch, heads, kv_heads, s_q, s_k, dim, capacity;
   int32_t causal, causal_offset;

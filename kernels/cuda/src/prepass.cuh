@@ -163,6 +163,9 @@ DEVICE uint32_t pack_value(bool fp8, float a, float b, float c, float d) {
   return pack_int8(a, b, c, d);
 }
 
+// Byte offset of a channel of q8 or k8 in its row.
+DEVICE int place_of(int row, int channel) { return chunk_of(kDim, row, channel / 16) * 16 + channel % 16; }
+
 // 8 channels of a row. No value passes 127: none is larger than 127 scale by more than one rounding.
 DEVICE void store_int8(int8_t* to, const float (&x)[kChannels], float scale) {
   const float inverse = inverse_of(scale);
@@ -377,7 +380,7 @@ DEVICE void query_block(const PrepassParams& p, int id, int n_q) {
       }
       if (p.hadamard) rotate(x);
       const float scale = scale_of(max_of_row(absmax_of(x)), 127);
-      store_int8(p.q8 + stored * kDim + channel, x, scale);
+      store_int8(p.q8 + stored * kDim + place_of(row, channel), x, scale);
       if (channel == 0) p.q_scale[stored] = scale * to_score;
     }
   }
@@ -407,7 +410,7 @@ struct KeyShared {
   Partial square;
   Partial unit;
   Partial value;
-  Bytes16 tile[kDim * kBlockK / 16];  // 8-bit V, as it will be stored but for the order of every 8 chunks
+  Bytes16 tile[kDim * kBlockK / 16];  // 8-bit V, as it will be stored but for the order of its chunks
   float centre[kDim];
   float v_scale[kDim];
   float v_inverse[kDim];
@@ -511,7 +514,9 @@ DEVICE void key_block(const PrepassParams& p, int id, int n_k) {
   if (thread == 0) p.k_scale[id] = scale;
   const int64_t stored = (int64_t)id * kBlockK;
   UNROLL for (int j = 0; j < kKeyRows; j++) {
-    store_int8(p.k8 + (stored + key_at_position(kKeyRows * slot + j)) * kDim + channel, x[j], scale);
+    const int key = key_at_position(kKeyRows * slot + j);
+    // 32 bits inside the block: a 64-bit place per row takes the registers of the third block on a multiprocessor.
+    store_int8(p.k8 + stored * kDim + (uint32_t)(key * kDim + place_of(key, channel)), x[j], scale);
   }
   // Only now that K has left its registers: three blocks fit on a multiprocessor, and one loads while another computes.
   load_keys(p, chunk, p.v, p.v_stride, batch, head, block);
@@ -533,7 +538,8 @@ DEVICE void key_block(const PrepassParams& p, int id, int n_k) {
         const float low = channel_of(chunk[j], i) * shared.v_inverse[channel + i];
         out.word[i / 2] = pack_half(low, channel_of(chunk[j], i + 1) * shared.v_inverse[channel + i + 1]);
       }
-      *(Bytes16*)((uint16_t*)p.v8 + (stored + key_at_position(kKeyRows * slot + j)) * kDim + channel) = out;
+      const int key = key_at_position(kKeyRows * slot + j);
+      *((Bytes16*)p.v8 + (stored + key) * (kDim / 8) + chunk_of(2 * kDim, key, channel / 8)) = out;
     }
   } else {
     constexpr int kPlaces = 16 / kKeyRows;  // threads that fill one chunk
@@ -553,8 +559,10 @@ DEVICE void key_block(const PrepassParams& p, int id, int n_k) {
   sync_block();
 
   if (p.pv != kPvHalf) {
-    UNROLL for (int i = thread; i < kDim * kBlockK / 16; i += kThreads) {
-      *(Bytes16*)((char*)p.v8 + stored * kDim + 16 * i) = shared.tile[chunk_place(i)];
+    constexpr int kChunks = kBlockK / 16;  // of a channel
+    UNROLL for (int i = thread; i < kDim * kChunks; i += kThreads) {
+      const int row = i / kChunks, chunk = chunk_of(kBlockK, row, i % kChunks);
+      *(Bytes16*)((char*)p.v8 + stored * kDim + 16 * i) = shared.tile[chunk_place(row * kChunks + chunk)];
     }
   }
   // Each of the first warps finishes one row of sums.

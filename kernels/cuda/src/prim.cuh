@@ -38,9 +38,9 @@ DEVICE int warp_id() { return threadIdx.x >> 5; }
 DEVICE int64_t block_id() { return blockIdx.x; }
 DEVICE int64_t grid_size() { return gridDim.x; }
 
-// The dynamic shared memory of the block, aligned to 128 bytes.
+// The dynamic shared memory of the block, aligned to 1024 bytes.
 DEVICE char* shared_memory() {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   return memory;
 }
 // The 32-bit address that copy_async_16 and load_matrix take for a pointer into shared memory.

@@ -473,6 +473,7 @@ KERNEL(sparge_select, 256, SelectParams) {
       t.end = visible_end(p, min_of(t.first + kGroup, n_q) - 1);
       t.scratch = p.scratch + block_id() * kRows * p.scratch_stride;
       if (t.first == 0) p.skips[head * 2] = p.skips[head * 2 + 1] = 0;
+      if (task == 0 && p.counter != nullptr) *p.counter = 0;
     }
     if (thread_id() < kGroup) {
       int block = (int)(task % groups) * kGroup + thread_id();
@@ -501,5 +502,16 @@ KERNEL(sparge_select, 256, SelectParams) {
       pool_values(p, t);
     }
     sync_block();  // shared memory and scratch are free for the next task
+  }
+}
+
+// One block per head: each thread finds the ranks of some query blocks by looking at all others, which no sort beats at a few hundred.
+KERNEL(sparge_sequence, 256, SequenceParams) {
+  int n_q = (p.s_q + kBlockQ - 1) / kBlockQ;
+  const int32_t* counts = p.counts + block_id() * n_q;
+  for (int i = thread_id(); i < n_q; i += 256) {
+    int count = counts[i], rank = 0;
+    for (int j = 0; j < n_q; ++j) rank += counts[j] >= count + (j <= i);
+    p.sequence[block_id() * n_q + rank] = (uint16_t)i;
   }
 }
