@@ -102,7 +102,7 @@ def manifest() -> dict:
 def test_packaged_binaries_are_of_the_current_sources(arch):
     """Needs no compiler: who changes a device source, or a variant, builds and commits the binaries with it."""
     told = manifest()["cubins"][arch]
-    current = {v.name: nvrtc.program(v.source, arch, v.defines).digest for v in config.variants(arch)}
+    current = {v.name: nvrtc.program(v.source, v.target(arch), v.defines).digest for v in config.variants(arch)}
     assert {name: entry["source_sha256"] for name, entry in told.items()} == current, "stale; run: python setup.py cubins"
 
 

@@ -255,6 +255,21 @@ DEVICE void consume(const AttentionParams& p, int warpgroup) {
       if (is_first_lane()) barrier_arrive(empty(stage_of(tile)));
     };
 
+    // Issues P V of the tile at hand, of two parts the second after the first is done.
+    auto issue_values = [&](const Weighed& w, float (&product)[kLastTiles][4]) {
+      wgmma_fence();
+      if constexpr (kParts == 2) {
+        float first[kPartTiles][4];
+        multiply_values(first, w.weights, place_of_v(stage_of(tile)), 0);
+        wgmma_commit();
+        wgmma_wait<0>();
+        add_part(o, first, w.decay, 0);
+        wgmma_fence();
+      }
+      multiply_values(product, w.weights, place_of_v(stage_of(tile)), kParts - 1);
+      wgmma_commit();
+    };
+
     if (tiles > 0) {
       Weighed now;
       barrier_wait(full(stage_of(tile)), parity_of(tile));
@@ -301,17 +316,7 @@ DEVICE void consume(const AttentionParams& p, int warpgroup) {
           barrier_wait(full(next), parity_of(tile + 1));
           if (now.kept) {
             float product[kLastTiles][4];
-            wgmma_fence();
-            if constexpr (kParts == 2) {
-              float first[kPartTiles][4];
-              multiply_values(first, now.weights, place_of_v(stage_of(tile)), 0);
-              wgmma_commit();
-              wgmma_wait<0>();
-              add_part(o, first, now.decay, 0);
-              wgmma_fence();
-            }
-            multiply_values(product, now.weights, place_of_v(stage_of(tile)), kParts - 1);
-            wgmma_commit();
+            issue_values(now, product);
             multiply_keys(acc, q(), place_of_k(next));
             wgmma_commit();
             pass_turn();
@@ -332,17 +337,7 @@ DEVICE void consume(const AttentionParams& p, int warpgroup) {
       }
       if (now.kept) {
         float product[kLastTiles][4];
-        wgmma_fence();
-        if constexpr (kParts == 2) {
-          float first[kPartTiles][4];
-          multiply_values(first, now.weights, place_of_v(stage_of(tile)), 0);
-          wgmma_commit();
-          wgmma_wait<0>();
-          add_part(o, first, now.decay, 0);
-          wgmma_fence();
-        }
-        multiply_values(product, now.weights, place_of_v(stage_of(tile)), kParts - 1);
-        wgmma_commit();
+        issue_values(now, product);
         wgmma_wait<0>();
         add_part(o, product, now.decay, kParts - 1);
         add_sums(rows, product, now.decay);
