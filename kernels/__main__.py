@@ -1,8 +1,19 @@
-"""`python -m sparge_kernels`: what this machine has, which backends run on it, and a self-test of each against the reference."""
+"""`python -m sparge_kernels`: what this machine has, which backends run on it, and a self-test of each against the reference.
+
+In the pack's folder, without an installation: `python kernels`.
+"""
 
 from __future__ import annotations
 
 import sys
+
+if not __package__:  # started as a folder, which an embedded Python (ComfyUI's portable one), deaf to the current folder, can do too
+    import runpy
+    from pathlib import Path
+
+    folder = Path(__file__).resolve().parent
+    sys.path.insert(0, str(folder.parent))
+    runpy.run_module(folder.name, run_name="__main__", alter_sys=True)
 
 import torch
 

@@ -49,7 +49,7 @@ TOOLTIPS = {
     "policy": "A policy that sets the density by step and block.",
     "block_mask": "A fixed pattern instead of the selection.",
     "preset": "auto: start_percent, end_percent and dense_blocks take what is published for the model, each where it is left at its default; in "
-    "runs of 8 steps or fewer at most the first step stays dense. off: everything as it is set here.",
+    "schedules of 8 steps or fewer (at denoise 1) at most the first step stays dense. off: everything as it is set here.",
 }
 
 

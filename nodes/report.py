@@ -55,8 +55,12 @@ class SpargeReport(io.ComfyNode):
     @classmethod
     def execute(cls, model, data) -> io.NodeOutput:
         node = str(cls.hidden.unique_id) if cls.hidden is not None else "script"
+        last = telemetry.runs.last_shown(node)
         found = telemetry.runs.for_report(node, [patch.key for patch in patches_of(model)])
+        is_new = bool(found) and found[-1].number > last
         shown = [run.to_dict() for run in found] or [empty_run()]
+        if not is_new:  # the sampler was cached, or ran without Sparge Attention: the same numbers again, and no second set of files
+            shown = [{**run, "note": "; ".join(filter(None, (run["note"], NO_RUN)))} if found else run for run in shown]
         text = export.to_json(shown)
         heat_maps = [draw.heat_map(run) for run in shown]
         frames = [frame for run in shown for frame in step_frames(run, max(1, MAX_FRAMES // len(shown)))]
@@ -64,7 +68,7 @@ class SpargeReport(io.ComfyNode):
         sheets = [
             draw_maps.sheet(f"{run.get('model') or 'no run'} \xb7 blocks kept, run {run['run']}", of) for run, of in zip(shown, kept, strict=True)
         ]
-        files = save(frames, heat_maps, kept, shown, text) if found else []
+        files = save(frames, heat_maps, kept, shown, text) if is_new else []
         heat_map = batch(heat_maps)
         preview = ui.PreviewImage(heat_map, cls=cls).as_dict()
         return io.NodeOutput(data, heat_map, batch(frames), text, batch(sheets), ui={**preview, "sparge_files": files})

@@ -460,6 +460,10 @@ class Runs:
         known = {run.number: run for run in [*self.running, *self.closed, *self.unpatched] if monitor in run.monitors}
         return [known[number] for number in sorted(known)]
 
+    def last_shown(self, report: str) -> int:
+        """The number of the last run that `report` showed; 0 before the first."""
+        return self._shown.get(report, (0, 0))[1]
+
     def for_report(self, report: str, owners: list[str]) -> list[Run]:
         """The runs since `report` last asked; when there is none, the ones it showed before.
 

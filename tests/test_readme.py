@@ -95,7 +95,8 @@ def wrong_python(words: list[str], folder: Path) -> list[str]:
     if words[0] == "-m":
         found = importlib.util.find_spec(words[1]) is not None or (ROOT / words[1] / "__main__.py").is_file()
         return [] if found else [f"no module {words[1]}"]
-    script = next((at for at in (ROOT / words[0], folder / words[0]) if at.is_file()), None)
+    places = [at for place in (ROOT, folder) for at in (place / words[0], place / words[0] / "__main__.py")]
+    script = next((at for at in places if at.is_file()), None)
     if script is None:
         return [f"no script {words[0]}"]
     beside = script.parent.glob("*.py") if script.parent != ROOT else [script, *(ROOT / "kernels" / "cuda").glob("build.py")]

@@ -202,7 +202,7 @@ class _Work:
         pv = machine.pv
         drawn = attend and config.on_hopper_kernel(machine.arch, pv)
         # A share of the blocks that is the same for all rows gives lists of one length, but for those of rows that keep everything.
-        sequenced = drawn and shape[2] > 1 and (rule is None or rule.cdf is not None or judged)
+        sequenced = drawn and 1 < shape[2] <= _MOST_BLOCKS and (rule is None or rule.cdf is not None or judged)
         self.variants = _variants(machine.arch, config.padded_dim(call.dim), _DTYPES[call.dtype], pv, call.masked)
         self.layout = workspace.plan(
             workspace.Problem(

@@ -4,8 +4,8 @@
     python setup.py cubins --arch sm_89,sm_120    only these; the others stay as they are
     python setup.py cubins --nvcc                 with the nvcc on PATH, to compare compilers
 
-Compilations are edges of a ninja graph, one process each. The same sources and the same compiler give the same bytes on every machine. Binaries are
-stored compressed with zlib: lzma makes them a third smaller, but a Python that was built without liblzma has no such module, and one without zlib
+Compilations are edges of a ninja graph, one process each. The same sources and the same compiler give the same bytes on every Linux machine. Binaries
+are stored compressed with zlib: lzma makes them a third smaller, but a Python that was built without liblzma has no such module, and one without zlib
 could not have installed anything.
 """
 

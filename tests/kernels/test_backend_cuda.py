@@ -168,6 +168,13 @@ def test_the_counter_and_the_sequence(hopper, rand, rule, s_q, sequence):
         assert found["sparge_sequence"] == {"counts": attend["counts"], "sequence": attend["sequence"], "s_q": s_q}
 
 
+def test_no_sequence_of_more_blocks_than_16_bits_can_name(hopper, rand, monkeypatch):
+    monkeypatch.setattr(backend, "_MOST_BLOCKS", 2)
+    q, k, v = tensors(rand, s_q=333)
+    backend.run(call_of(q, k), q, k, v, Rule(None, 0.5, -1.0), None, None)
+    assert [launch[0] for launch in hopper.launched] == ON_HOPPER
+
+
 @pytest.mark.parametrize("b, h, s_q, grid", [(1, 1, 100, 1), (2, 4, 333, 24), (1, 4, 128 * 33, 132), (1, 4, 128 * 33 + 1, 132), (3, 24, 2000, 132)])
 def test_hoppers_grid_is_the_device(hopper, rand, b, h, s_q, grid):
     q, k, v = torch.zeros(b, h, s_q, 8).half(), *torch.zeros(2, b, h, 64, 8).half()

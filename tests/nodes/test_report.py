@@ -120,6 +120,22 @@ def test_the_same_numbers_from_the_kernels_to_every_file(nodes, tiny, patched, r
     assert f'id="density"><b><data value="{run["totals"]["density"]!r}">' in page
 
 
+def test_no_run_since_the_last_report_is_said_and_saves_nothing(tiny, patched, report, folders):
+    """The sampler was cached, or Sparge Attention was bypassed: the old numbers must not pass for those of the new picture."""
+    model = tiny("wan_t2v", latent=(1, 16, 2, 64, 64))
+    patched_model = sampled(model, patched(model), steps=2)
+    first = report(patched_model)
+    saved = sorted((folders / "output").iterdir())
+    again = report(patched_model)
+    bypassed = report(model.patcher)
+    assert len(first.ui["sparge_files"]) == 7 and sorted((folders / "output").iterdir()) == saved
+    runs = [json.loads(result.args[3])["runs"] for result in (first, again, bypassed)]
+    assert [len(of) for of in runs] == [1, 1, 1] and len({of[0]["run"] for of in runs}) == 1
+    for result, (run,) in zip((again, bypassed), runs[1:], strict=True):
+        assert result.ui["sparge_files"] == [] and "no run since the last report" in run["note"]
+    assert "no run since" not in (runs[0][0]["note"] or "")
+
+
 def watched(nodes, pack, patcher):
     return importlib.import_module(f"{pack.__name__}.nodes.monitor").watched(patcher, "3", False)
 
