@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
 import pytest
+from required import missing
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def missing(what: str) -> None:
-    """Skips a test for want of a tool; under CI=true that is a failure, so that nothing is skipped unseen."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"{what} is missing, and with CI=true a missing tool is a failure")
-    pytest.skip(f"{what} is missing")
 
 
 @pytest.fixture(scope="session")

@@ -34,13 +34,6 @@ HIDDEN = (
 FROM_OUTSIDE = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "COMFYUI_PATH", "SPARGE_CACHE_DIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME")
 
 
-def missing(what: str) -> None:
-    """Skips for want of a tool; under CI=true that is a failure, so that nothing is skipped unseen."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"{what} is missing, and with CI=true a missing tool is a failure")
-    pytest.skip(f"{what} is missing")
-
-
 class Home:
     """A user's home folder; `run` starts programs that know no other, with nothing of this process's environments."""
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import install
 import pytest
-from computer import ROOT, Environment, Home, commit, missing
+from computer import ROOT, Environment, Home, commit
+from required import missing
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from urllib.parse import urlencode
@@ -14,6 +13,7 @@ import demo_model
 import install
 import pytest
 import requests
+from required import missing
 
 MODEL = "sparge_demo_wan.safetensors"
 MONITOR = 12
@@ -58,13 +58,6 @@ MADE_UP = """(() => {
     tokens: 32760, cells: step ? cells(step) : [], reasons: reasons(step), warning: null, note: null, totals, ...changes });
   window.send = (message) => app.api.dispatchEvent(new CustomEvent("sparge.run", { detail: message }));
 })()"""
-
-
-def missing(what: str) -> None:
-    """Skips for want of a tool; under CI=true that is a failure, so that nothing is skipped unseen."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"{what} is missing, and with CI=true a missing tool is a failure")
-    pytest.skip(f"{what} is missing")
 
 
 @pytest.fixture(scope="module")
