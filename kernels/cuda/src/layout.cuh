@@ -138,7 +138,7 @@ struct AttentionParams {
   const float* lse_shift;          // (B, H, S_q) plan order; given with lse
   const float* top;                // (B,) largest key bias, added to lse; or null
   const float* pv_heads;           // (H,) or null
-  int32_t* skips;                  // (B, H, 2): tiles that were dropped, all tiles of the lists; per warp of 16 rows
+  int32_t* skips;                  // (B, H, 2): tiles that were dropped, all tiles of the lists; per warp of 16 rows, on Hopper per warpgroup of 64
   const float* state;              // compensation, as above; or null
   const float* row_shift;          // (B, H, S_q, D) fp32, caller's order: scale * C q per row, what the shift weight multiplies; null without a shift
   int32_t* counter;                // items drawn so far, at first zero; Hopper's kernel only
