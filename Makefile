@@ -2,13 +2,20 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: help setup test test-install demo serve bench bench-models bench-torch bench-monitor clean
+# Where Python has torch already and no package registry is reached: make gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(RUN)
+# What happens in which step of `make gpu-rehearsal`.
+ACCIDENTS ?= speed Mochi 22k=hang,ptx sm_86=crash,speed Wan 14B 75k=fault,2^31=memory,ptx sm_80=wrong
+
+.PHONY: help setup test test-install demo serve gpu gpu-carry gpu-rehearsal bench bench-models bench-torch bench-monitor clean
 
 help:
 	@echo "make demo         sample a tiny video model dense and sparse in a real ComfyUI, print the comparison, save the pictures"
 	@echo "make serve        the same server left open in the browser, with the workflow loaded"
 	@echo "make test         every test and the linter"
 	@echo "make test-install  the pack through comfy-cli and ComfyUI-Manager, which are installed from PyPI for that"
+	@echo "make gpu          the first ten minutes on an NVIDIA GPU: is every kernel right, how fast, what to change next; goes on where it ended"
+	@echo "make gpu-carry    what another machine needs for that (.gpu), listed with its size; make gpu-rehearsal runs it on an emulated GPU"
 	@echo "make bench        the cuda backend on this NVIDIA GPU: checked, then timed against PyTorch and every installed peer; SHORT=1 takes a minute,"
 	@echo "                  ACTIVATIONS=file.safetensors times the q, k, v in a file; without a GPU: what a call costs on the host"
 	@echo "make bench-models whole Wan, HunyuanVideo, Mochi and Flux with random weights on this GPU, dense and sparse; MODELS=wan14b,flux picks some"
@@ -34,6 +41,15 @@ demo: setup
 serve: setup
 	@$(RUN) tests/comfyui/serve.py
 
+gpu: $(if $(filter $(RUN),$(GPU_PYTHON)),setup)
+	@$(GPU_PYTHON) tests/bench/bench_gpu.py $(if $(ONLY),--only "$(ONLY)") $(if $(AGAIN),--again)
+
+gpu-carry: setup
+	@$(RUN) tests/bench/bench_gpu.py --carry
+
+gpu-rehearsal: setup
+	@$(RUN) tests/bench/bench_gpu.py --results demo_output --again --rehearse "$(ACCIDENTS)" || true
+
 bench: setup
 	@$(RUN) tests/bench/bench.py $(if $(SHORT),--short) $(if $(ACTIVATIONS),--activations "$(ACTIVATIONS)")
 
@@ -47,4 +63,4 @@ bench-monitor: setup
 	@$(RUN) tests/bench/bench_monitor.py
 
 clean:
-	rm -rf .venv .comfyui .emulator demo_output build *.egg-info
+	rm -rf .venv .comfyui .emulator .gpu demo_output build *.egg-info

@@ -1,0 +1,417 @@
+"""The first ten minutes on a GPU without one: the supervisor on toy processes that hang, crash and flood, what the steps run, and a whole rehearsal."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import bench_check
+import bench_gpu
+import bench_host
+import bench_shapes
+import bench_timing
+import gpu_carry
+import gpu_rehearsal
+import gpu_steps
+import pytest
+import sanitize
+import sanitizer_probe
+import sparge_kernels
+import torch
+from required import missing
+from sparge_kernels import config
+from sparge_kernels.cuda import build, loader, nvrtc
+
+HERE = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and process groups as POSIX has them")
+
+TOYS = {
+    "good": "tell({'n': 1}); sys.exit(0)",
+    "bad": "tell(None, 'two of three'); sys.exit(10)",
+    "elsewhere": "tell(None, 'no such tool'); sys.exit(11)",
+    "full": "tell(None, 'out of memory'); sys.exit(12)",
+    "broken": "tell(None, 'illegal address'); sys.exit(13)",
+    "raises": "raise ValueError('as it were')",
+    "dies": "os.kill(os.getpid(), 11)",
+    "hangs": "tell({'half': 1}); signal.signal(15, signal.SIG_IGN); time.sleep(600)",
+    "hangs with a child": "tell(None); subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])",
+    "floods": "[print('x' * 100) for _ in range(50000)]; tell({'n': 2})",
+    "slow": "time.sleep(.6); tell({'n': 3})",
+    "alive": "sys.exit(0)",
+    "tells": "tell({'bad': json.loads(sys.argv[2])})",
+}
+HEAD = """
+import json, os, signal, subprocess, sys, time
+def tell(result, reason=None):
+    open(sys.argv[1], 'w').write(json.dumps({'reason': reason, 'result': result}))
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(seconds, jobs): a run over TOYS."""
+
+    def make(seconds: float = 60.0, jobs: int = 1, steps: dict | None = None) -> bench_gpu.Run:
+        result = {"steps": steps or {}, "seconds": 0.0}
+
+        def command(step, file, limit):
+            bad = [name for name, entry in result["steps"].items() if entry["status"] != "ok"]
+            return [sys.executable, "-c", HEAD + TOYS[step.name], str(file), json.dumps(bad)]
+
+        return bench_gpu.Run(tmp_path / "sub" / "toy.json", result, command, time.monotonic() + seconds, jobs)
+
+    return make
+
+
+def toy(name: str, limit: float = 30.0, **more) -> bench_gpu.Step:
+    return bench_gpu.Step(name, limit, 1.0, **more)
+
+
+@posix
+def test_every_end_has_its_name(run):
+    one = run(jobs=4)
+    names = [name for name in TOYS if "hangs" not in name and name != "alive"]
+    assert one.all([toy(name, beside=True) for name in names])
+    told = {name: (entry["status"], entry["reason"]) for name, entry in one.result["steps"].items()}
+    assert told == {
+        "good": ("ok", None), "bad": ("wrong", "two of three"), "elsewhere": ("not here", "no such tool"), "full": ("out of memory", "out of memory"),
+        "broken": ("fault", "illegal address"), "raises": ("failed", "exit status 1"), "dies": ("crash", "it died of SIGSEGV"),
+        "floods": ("ok", None), "slow": ("ok", None), "tells": ("ok", None),
+    }  # fmt: skip
+    steps = one.result["steps"]
+    assert steps["good"]["result"] == {"n": 1} and steps["raises"]["log"][-1] == "ValueError: as it were"
+    assert len(steps["floods"]["log"]) == bench_gpu.LOG_LINES and steps["floods"]["result"] == {"n": 2}
+    assert json.loads(one.file.read_text()) == one.result
+
+
+@posix
+@pytest.mark.parametrize("name", ["hangs", "hangs with a child"])
+def test_what_hangs_is_ended_with_its_children_and_keeps_what_it_found(run, name):
+    one, began = run(), time.monotonic()
+    assert one.all([toy(name, 4), toy("good")])
+    entry = one.result["steps"][name]
+    assert time.monotonic() - began < 60 and entry["status"] == "hang" and entry["reason"] == "it was ended after its 4 s"
+    assert entry["result"] == ({"half": 1} if name == "hangs" else None) and one.result["steps"]["good"]["status"] == "ok"
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout if Path("/bin/ps").exists() else ""
+    assert "time.sleep(600)" not in running
+
+
+@posix
+def test_nothing_more_is_tried_on_a_gpu_that_is_lost(run, monkeypatch):
+    monkeypatch.setitem(TOYS, "alive", "sys.exit(1)")
+    one = run()
+    assert not one.all([toy("good"), toy("dies"), toy("slow")])
+    steps = one.result["steps"]
+    assert [steps[name]["status"] for name in ("good", "dies", "slow")] == ["ok", "crash", "no time"]
+    assert "does not answer any more" in steps["slow"]["reason"] and json.loads(one.file.read_text()) == one.result
+
+
+def test_the_deadline_holds_and_a_later_run_goes_on(run):
+    one = run(seconds=30.0)
+    assert one.all([toy("good"), bench_gpu.Step("slow", 30, 60)])
+    assert one.result["steps"]["slow"]["status"] == "no time" and "run this again" in one.result["steps"]["slow"]["reason"]
+    again = run(steps={**one.result["steps"], "bad": {"status": "wrong", "seconds": 1.0, "reason": "", "log": [], "result": None}})
+    before = dict(again.result["steps"]["good"])
+    assert again.all([toy("good"), toy("slow"), toy("bad")])
+    assert again.result["steps"]["good"] == before and again.result["steps"]["slow"]["status"] == "ok"
+    assert again.result["steps"]["bad"]["seconds"] == 1.0  # settled: only other sources can change it
+
+
+def test_a_limit_never_passes_the_deadline(run):
+    one, began = run(seconds=5.0), time.monotonic()
+    assert one.all([toy("slow", 600), toy("hangs", 600)])
+    assert one.result["steps"]["hangs"]["status"] == "hang" and time.monotonic() - began < 60
+
+
+def test_what_times_runs_alone_and_waits_for_what_it_needs(run):
+    spans = {}
+    one = run(jobs=3)
+    keep = one.keep
+    one.keep = lambda name, entry: (spans.__setitem__(name, len(one.running)), keep(name, entry))
+    assert one.all([toy("slow", beside=True), toy("raises", beside=True), toy("tells", after=("raises", "slow")), toy("good", beside=True)])
+    assert spans["tells"] == 0 and list(one.result["steps"])[2:] == ["tells", "good"]
+    assert one.result["steps"]["tells"]["result"] == {"bad": ["raises"]}
+
+
+# ---- which steps there are
+
+
+def machine(**changes) -> dict:
+    return {"arch": "sm_90", "packaged": ["fp8", "int8"], "ptx": ["sm_80"], "speed": ["Flux 1024 px"], "candidates": ["a", "b"], "peers": ["p"],
+            "models": {"flux": 30}, "build": True, **changes}  # fmt: skip
+
+
+def test_the_most_valuable_first():
+    names = [step.name for step in bench_gpu.steps(machine())]
+    assert names == ["build", "packaged fp8", "packaged int8", "2^31", "ptx sm_80", "speed Flux 1024 px", "candidate a", "candidate b", "candidates",
+                     "sanitizer probe", *(f"sanitizer {tool}" for tool in bench_gpu.SANITIZERS), "peer p", "model flux", "ceilings"]  # fmt: skip
+    assert all(step.name.partition(" ")[0] in gpu_steps.STEPS for step in bench_gpu.steps(machine()))
+    plain = [step.name for step in bench_gpu.steps(machine(candidates=[], ptx=[], peers=[], build=False))]
+    assert "candidates" not in plain and "build" not in plain
+
+
+def test_what_times_is_alone():
+    for step in bench_gpu.steps(machine()):
+        assert step.beside == (not step.name.startswith(("speed", "candidates", "peer", "model", "ceilings", "sanitizer probe"))), step.name
+
+
+@pytest.mark.parametrize("arch, packaged, ptx", [
+    ("sm_80", ("sm_80",), ()), ("sm_86", ("sm_86", "sm_80"), ()), ("sm_89", ("sm_89", "sm_86", "sm_80"), ()),
+    ("sm_90", ("sm_90",), ("sm_80", "sm_86", "sm_89")), ("sm_120", ("sm_120",), ("sm_80", "sm_86", "sm_89")),
+])  # fmt: skip
+def test_what_a_gpu_can_run(arch, packaged, ptx):
+    assert gpu_carry.loadable(arch) == packaged and gpu_carry.by_driver(arch) == ptx
+
+
+@pytest.mark.parametrize("arch", config.SHIPPED)
+def test_all_forms_together_are_every_packaged_kernel(arch):
+    every = {(v.name, symbol) for v in config.variants(arch) for symbol in v.symbols}
+    drawn = arch == config.HOPPER
+    assert gpu_steps.expected(arch, config.forms(arch)) == {pair for pair in every if drawn or pair[1] != "sparge_sequence"}
+
+
+@pytest.mark.parametrize("arch, pv", [("sm_89", "int8"), ("sm_120", "fp8"), ("sm_90", "fp8")])
+def test_the_nasty_calls_launch_every_kernel_of_a_form(arch, pv, monkeypatch):
+    watched = gpu_steps.Watched(bench_host.StubMachine(arch, pv))
+
+    def attend(q, k, v, **how):  # a stub computes nothing: its lists are what was in memory
+        call = sparge_kernels.block_sparse_attention if "block_mask" in how else sparge_kernels.sparse_attention
+        call(q, k, v, **how, backend="cuda", return_lse=True)
+        return q, q, torch.ones(*q.shape[:2], -(-q.shape[2] // 128), -(-k.shape[2] // 64), dtype=torch.bool)
+
+    monkeypatch.setattr(bench_check, "attend", attend)
+    monkeypatch.setattr(bench_check, "_compare", lambda *given: {})
+    with bench_timing.using(watched):
+        list(bench_check.nasty(pv, CPU))
+    assert watched.ran == gpu_steps.expected(arch, (pv,))
+
+
+# ---- binaries that are handed over
+
+
+class Base(bench_host.StubMachine):
+    index = 3
+
+
+def test_a_held_binary_is_loaded_once_on_the_gpu_and_others_are_the_machines_own(monkeypatch):
+    loads = []
+
+    def load(code, device, symbols, origin):
+        loads.append((code, device, origin))
+        return {symbol: f"{symbol} held" for symbol in symbols}
+
+    monkeypatch.setattr(gpu_steps.driver, "driver", lambda: SimpleNamespace(load=load))
+    select, other = (next(v for v in config.variants("sm_80") if v.name == name) for name in ("select_d64", "select_d128"))
+    code = lambda variant: (b"ptx", "PTX for compute_80") if variant == select else None  # noqa: E731
+    held = gpu_steps.Held(Base(), "sm_80", "int8", code, own=False)
+    assert held.missing((select, other)) is None and held.arch == "sm_80" and held.index == 3
+    assert held.kernel(select, "sparge_select") == "sparge_select held"
+    assert held.kernel(other, "sparge_select").origin == "select_d128, a stub"
+    assert loads == [(b"ptx", 3, "select_d64, PTX for compute_80")]
+    assert gpu_steps.Held(Base(), "sm_80", "int8", code, own=True).missing((select, other)) == "there is no binary of select_d128"
+
+
+def test_what_a_held_machine_cannot_load_is_its_reason(monkeypatch):
+    def refuse(*given):
+        raise gpu_steps.driver.Refused("CUDA_ERROR_INVALID_PTX")
+
+    monkeypatch.setattr(gpu_steps.driver, "driver", lambda: SimpleNamespace(load=refuse))
+    (variant, *_) = config.variants("sm_80")
+    assert gpu_steps.Held(Base(), "sm_80", "int8", lambda v: (b"", "x"), own=True).missing((variant,)) == "CUDA_ERROR_INVALID_PTX"
+    shelf = gpu_carry.Shelf("ptx", "sm_80", Path("nowhere"))
+    assert "run bench_gpu.py --carry" in gpu_steps.Held(Base(), "sm_80", "int8", shelf.code, own=True).missing((variant,))
+
+
+@pytest.fixture(scope="module")
+def carried(tmp_path_factory):
+    """(folder, items): one kernel as PTX and one candidate, compiled."""
+    if build.pinned_nvrtc() is None:
+        missing("the pinned NVRTC")
+    folder, work = tmp_path_factory.mktemp("carried"), tmp_path_factory.mktemp("work")
+    every = gpu_carry.wanted(config.HOPPER)
+    items = (next(i for i in every if i.key == "ptx/sm_80/select_d64"), next(i for i in every if i.shelf == "candidates"))
+    before, gpu_carry.WORK = gpu_carry.WORK, work
+    try:
+        done = gpu_carry.make(items, folder)
+    finally:
+        gpu_carry.WORK = before
+    assert done["made"] == 2 and done["there"] == 0
+    return folder, items
+
+
+def test_what_is_carried_is_found_again_as_long_as_the_sources_are_the_same(carried, monkeypatch):
+    folder, (ptx, candidate) = carried
+    assert gpu_carry.outdated((ptx, candidate), folder) == [] and gpu_carry.make((ptx, candidate), folder)["there"] == 2
+    (select,) = (v for v in config.variants("sm_80") if v.name == "select_d64")
+    code, origin = gpu_carry.Shelf("ptx", "sm_80", folder).code(select)
+    assert b".target sm_80" in code and origin.startswith("PTX for compute_80 by NVRTC 12.8")
+    shelf = gpu_carry.Shelf("candidates", config.HOPPER, folder)
+    assert shelf.code(candidate.variant)[0][:4] == b"\x7fELF" and shelf.remarks(candidate.variant) == []
+    assert shelf.code(select) is None  # everything else is the machine's own
+    monkeypatch.setattr(nvrtc.Program, "digest", "of other sources")
+    assert gpu_carry.outdated((ptx,), folder) == [ptx]
+    with pytest.raises(gpu_carry.Missing, match="of other sources"):
+        gpu_carry.Shelf("ptx", "sm_80", folder).code(select)
+
+
+def test_a_damaged_file_is_not_run(carried, tmp_path):
+    folder, (ptx, _) = carried
+    (tmp_path / "manifest.json").write_text((folder / "manifest.json").read_text())
+    (tmp_path / f"{ptx.key}.z").parent.mkdir(parents=True)
+    (tmp_path / f"{ptx.key}.z").write_bytes(gpu_carry.zlib.compress(b"something else"))
+    (select,) = (v for v in config.variants("sm_80") if v.name == "select_d64")
+    with pytest.raises(gpu_carry.Missing, match="is damaged"):
+        gpu_carry.Shelf("ptx", "sm_80", tmp_path).code(select)
+
+
+def test_everything_that_an_h200_is_asked_to_run_has_a_place():
+    items = gpu_carry.wanted(config.HOPPER)
+    keys = [item.key for item in items]
+    assert len(set(keys)) == len(keys)
+    assert sum(item.shelf == "ptx" for item in items) == sum(len(config.variants(arch)) for arch in ("sm_80", "sm_86", "sm_89"))
+    assert all(item.program.arch.startswith("compute_") == (item.shelf == "ptx") for item in items)
+    assert gpu_carry.wanted("sm_86") == ()
+
+
+def test_packaged_binaries_of_another_architecture():
+    (select,) = (v for v in config.variants("sm_86") if v.name == "select_d64")
+    code, origin = gpu_carry.packaged("sm_86", select)
+    assert origin == "packaged for sm_86" and code == loader.find("sm_86", select).code
+
+
+# ---- the sanitizer
+
+
+REPORT = """========= COMPUTE-SANITIZER
+int8, D 64, bfloat16: ok
+causal, D 64: ok
+========= ERROR SUMMARY: {} errors
+"""
+
+
+@pytest.mark.parametrize("output, status, errors, calls", [
+    (REPORT.format(0), 0, 0, 2), (REPORT.format(3), 1, 3, 2), ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n", 0, 2, 0),
+    ("", 0, 1, 0), (REPORT.format(0), 1, 1, 2),
+])  # fmt: skip
+def test_what_the_sanitizer_says(output, status, errors, calls):
+    found = sanitize.read(output, status)
+    assert (found["errors"], found["calls"]) == (errors, calls)
+
+
+def test_the_probe_stops_at_the_first_refusal():
+    class Cuda:
+        def __getattr__(self, name):
+            return lambda *given: 999 if name == "cuMemAlloc_v2" else 0
+
+    assert sanitizer_probe.probe(Cuda()) == 999
+
+
+def test_the_reduced_set_runs_every_kernel_of_one_form_and_type():
+    machine = bench_host.StubMachine("sm_90", "fp8")
+    for _, call in sanitize.calls({"fp8": machine}, CPU, ("bfloat16",)):
+        call()
+    used = {name for name, _ in machine.kernels}
+    assert used == {name for name, _ in gpu_steps.expected("sm_90", ("fp8",)) if "prepass" not in name or "bfloat16" in name}
+
+
+# ---- checks
+
+
+def test_a_wrong_result_is_told():
+    assert gpu_steps.wrong({"checks": [{"name": "x", "error": 0.1, "bound": 0.2}]}) is None
+    assert gpu_steps.wrong({"checks": [{"name": "x", "error": float("nan"), "bound": 0.2}]}).startswith("1 of 1 checks failed, the first: x: nan")
+    assert gpu_steps.wrong({"checks": [], "missing": ["select_d64, sparge_select"]}) == "these kernels ran in no check: select_d64, sparge_select"
+    assert gpu_steps.wrong({"skipped": [{"call": "Mochi", "what": "usual", "reason": "WRONG: off by 0.2"}]}) == "Mochi, usual: WRONG: off by 0.2"
+    assert gpu_steps.wrong({"errors": 2, "calls": 1}) == "2 errors"
+
+
+def test_q_passes_2_to_the_31():
+    shape = bench_check.BEYOND
+    assert shape.batch * shape.heads * shape.s_q * shape.dim > 2**31
+    assert shape.memory() < 80e9  # an A100 has room for it
+
+
+def test_offsets_that_wrap_are_noticed(monkeypatch):
+    small = bench_shapes.Shape("small", 300, 200, 3, 64)
+    right = lambda q, k, v, topk: torch.nn.functional.scaled_dot_product_attention(q, k, v)  # noqa: E731
+
+    def run(spoil):
+        def attend(q, k, v, topk):
+            kept = torch.ones(1, 3, 3, 4, dtype=torch.bool)
+            return spoil(right(q, k, v, topk)), torch.zeros(1, 3, 300), kept
+
+        monkeypatch.setattr(bench_check, "attend", attend)
+        return [check.good for check in bench_check.beyond("int8", CPU, small)]
+
+    assert run(lambda out: out) == [True, True]
+    assert run(lambda out: out.index_fill(1, torch.tensor(2), 0.5)) == [False, True]
+    assert run(lambda out: out.index_fill(2, torch.tensor(78), torch.nan)) == [True, False]
+
+
+# ---- all of it
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """(printed, result, exit status, seconds) of the whole program on the emulated GPU, with accidents."""
+    folder, began = tmp_path_factory.mktemp("results"), time.monotonic()
+    spec = "speed Mochi 22k=hang,ptx sm_86=crash,speed Wan 14B 75k=fault,2^31=memory,ptx sm_80=wrong"
+    command = [sys.executable, str(HERE / "bench_gpu.py"), "--rehearse", spec, "--results", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=560)
+    (file,) = folder.iterdir()
+    return done.stdout + done.stderr, json.loads(file.read_text()), done.returncode, time.monotonic() - began, file
+
+
+def test_a_rehearsal_ends_in_time_with_a_complete_report(rehearsal):
+    printed, result, status, seconds, _ = rehearsal
+    told = {name: entry["status"] for name, entry in result["steps"].items()}
+    accidents = {"speed Mochi 22k": "hang", "ptx sm_86": "crash", "speed Wan 14B 75k": "fault", "2^31": "out of memory", "ptx sm_80": "wrong"}
+    about = result["steps"]["machine"]["result"]
+    assert [*told] and set(told) == {"machine", *(step.name for step in bench_gpu.steps(about))}, printed
+    assert {name: told[name] for name in accidents} == accidents
+    fine = {name: state for name, state in told.items() if name not in accidents and not name.startswith("sanitizer")}
+    assert set(fine.values()) == {"ok"}, {name: result["steps"][name] for name, state in fine.items() if state != "ok"}
+    assert status == 1 and seconds < 540
+    assert result["steps"]["packaged fp8"]["result"]["kernels"] == result["steps"]["packaged fp8"]["result"]["of"] == 20
+    assert {row["what"] for row in result["steps"]["candidates"]["result"]["rows"]} == {*gpu_rehearsal.LABELS, "mma int8"}
+    assert all(name in printed for name in told)
+
+
+def test_a_second_run_does_only_what_is_left(rehearsal):
+    *_, file = rehearsal
+    before = json.loads(file.read_text())["steps"]
+    command = [sys.executable, str(HERE / "bench_gpu.py"), "--rehearse", "", "--results", str(file.parent), "--only", "2^31,speed Mochi"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    after = json.loads(file.read_text())["steps"]
+    assert after["2^31"]["status"] == after["speed Mochi 22k"]["status"] == "ok", done.stdout + done.stderr
+    again = {name for name in before if after[name] != before[name]}
+    assert again == {"machine", "2^31", "speed Mochi 22k"}
+
+
+def test_without_a_gpu():
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, str(HERE / "bench_gpu.py")], capture_output=True, text=True, timeout=120, env=hidden)
+    assert (done.returncode, done.stdout) == (0, "Nothing was measured, because there is no GPU that PyTorch can use.\n"), done.stderr
+
+
+def test_arguments(capsys):
+    with pytest.raises(SystemExit):
+        bench_gpu.main(["--minutes", "0"])
+    assert "--minutes must be above 0, got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="WHAT one of hang, crash, fault, memory, wrong, got explode"):
+        gpu_rehearsal.accidents("speed=explode")
+
+
+def test_the_package_is_found_where_it_is_not_installed():
+    code = "import sys; sys.path.insert(0, sys.argv[1]); sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
+    code += "import importlib.util as u; assert u.find_spec('sparge_kernels') is None; import gpu_steps; print(gpu_steps.config.__name__)"
+    done = subprocess.run([sys.executable, "-c", code, str(HERE)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "sparge_kernels.config", done.stderr
+    assert sparge_kernels.__name__ == "sparge_kernels"
