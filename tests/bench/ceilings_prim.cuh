@@ -45,7 +45,8 @@ DEVICE int64_t cycles_now() {  // every look is one cycle
 DEVICE float converted(int a) { return (float)a; }
 template <class Product>
 DEVICE void in_short(uint32_t (&c)[2], Product product) {
-  float wide[4] = {half_to_float((uint16_t)c[0]), half_to_float((uint16_t)(c[0] >> 16)), half_to_float((uint16_t)c[1]), half_to_float((uint16_t)(c[1] >> 16))};
+  float wide[4];
+  for (int e = 0; e < 4; ++e) wide[e] = half_to_float((uint16_t)(c[e / 2] >> e % 2 * 16));
   product(wide);
   c[0] = pack_half(wide[0], wide[1]);
   c[1] = pack_half(wide[2], wide[3]);
