@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import bench_check
@@ -27,6 +28,34 @@ from sparge_kernels.backends import cuda as backend
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LEAST_ROUNDS, MOST_ROUNDS = 5, 40
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured of a call beside PyTorch's dense attention and ours.
+
+    Attributes
+    ----------
+    dense, sparse : dict
+        Peers, as in bench_peers.
+    seconds : float
+        What the rounds of a call may take together.
+    """
+
+    dense: dict
+    sparse: dict
+    seconds: float
+
+
+WHOLE = Effort(bench_peers.DENSE, bench_peers.SPARSE, 10)
+SHORT = Effort({}, {}, 4)
+
+
+def against(package: str) -> Effort:
+    """Against the peers of one package alone."""
+    dense, sparse = ({name: build for name, build in table.items() if bench_peers.PACKAGE_OF[name] == package}
+                     for table in (bench_peers.DENSE, bench_peers.SPARSE))  # fmt: skip
+    return Effort(dense, sparse, 4)
 
 
 class Wrong(RuntimeError):
@@ -93,7 +122,8 @@ def on_gpu(options, device: torch.device, machine, about: dict, cost: dict) -> i
         if reason is None:
             every = options.activations is not None or shape == bench_shapes.MOCHI
             used = tuple(machines.values()) if every else (machine,)
-            reason = measured(result, shape, inputs, used, clock, device, short=options.short, flat=options.activations is None)
+            effort = SHORT if options.short else WHOLE
+            reason = measured(result, shape, inputs, used, clock, device, effort=effort, flat=options.activations is None)
         if reason is not None:
             result["skipped"].append({"call": shape.name, "what": "everything", "reason": reason})
             say(f"{shape.name}: skipped, {reason}")
@@ -156,7 +186,7 @@ def random_inputs(shape: bench_shapes.Shape, device: torch.device) -> bench_peer
     )
 
 
-def measured(result: dict, shape, inputs, machines: tuple, clock, device: torch.device, *, short: bool, flat: bool) -> str | None:
+def measured(result: dict, shape, inputs, machines: tuple, clock, device: torch.device, *, effort: Effort, flat: bool) -> str | None:
     """Adds the rows of one shape to the result; None, or why there are none.
 
     Raises
@@ -165,7 +195,7 @@ def measured(result: dict, shape, inputs, machines: tuple, clock, device: torch.
     """
     started = time.monotonic()
     try:
-        rows, skipped = measure(shape, inputs or random_inputs(shape, device), machines, clock, short=short, flat=flat)
+        rows, skipped = measure(shape, inputs or random_inputs(shape, device), machines, clock, effort=effort, flat=flat)
     except torch.cuda.OutOfMemoryError:
         return "out of memory"
     result["rows"] += rows
@@ -174,7 +204,7 @@ def measured(result: dict, shape, inputs, machines: tuple, clock, device: torch.
     return None
 
 
-def measure(shape: bench_shapes.Shape, inputs: bench_peers.Inputs, machines: tuple, clock: bench_timing.Clock, *, short: bool,
+def measure(shape: bench_shapes.Shape, inputs: bench_peers.Inputs, machines: tuple, clock: bench_timing.Clock, *, effort: Effort,
             flat: bool) -> tuple[list[dict], list[dict]]:  # fmt: skip
     """(rows, what was left out) of one shape: every contender checked, then all of them in turns, then our calls launch by launch.
 
@@ -199,7 +229,7 @@ def measure(shape: bench_shapes.Shape, inputs: bench_peers.Inputs, machines: tup
             return
         taking_part[contender.name, topk], errors[contender.name, topk] = contender, error
 
-    for name, build in (bench_peers.BASELINES | ({} if short else bench_peers.DENSE)).items():
+    for name, build in (bench_peers.BASELINES | effort.dense).items():
         enter(name, None, lambda build=build: build(inputs))
     own = {}
     for topk in bench_shapes.TOPK:
@@ -211,12 +241,12 @@ def measure(shape: bench_shapes.Shape, inputs: bench_peers.Inputs, machines: tup
             if flat and not error <= bench_check.flat_bound(machine.pv, out.dtype):
                 raise Wrong(f"{shape.name}, {contender.name}, topk {topk}: off by {error:.2g} from attention over the same blocks")
             taking_part[key], errors[key], own[key] = contender, bench_check.relative_l2(out, dense), (machine, error)
-        for name, build in {} if short or topk == 1 else bench_peers.SPARSE.items():
+        for name, build in effort.sparse.items() if topk < 1 else ():
             enter(name, topk, lambda build=build, topk=topk: build(inputs, topk))
 
     calls = {key: contender.run for key, contender in taking_part.items()}
     round_ms = sum(bench_timing.once(clock, call) for call in calls.values())
-    rounds = bench_timing.rounds_for(round_ms, 4 if short else 10, LEAST_ROUNDS, MOST_ROUNDS)
+    rounds = bench_timing.rounds_for(round_ms, effort.seconds, LEAST_ROUNDS, MOST_ROUNDS)
     times = bench_timing.alternate(clock, calls, rounds=rounds)
     rows = []
     for key, contender in taking_part.items():

@@ -187,7 +187,9 @@ def _compiled(file: str, arch: str) -> bytes | str:
 # ---- measuring
 
 
-def measure(machine, device: torch.device, clock: bench_timing.Clock, compiled: dict[str, bytes | str] | None = None) -> list[dict]:
+def measure(
+    machine, device: torch.device, clock: bench_timing.Clock, compiled: dict[str, bytes | str] | None = None, keep: Callable = lambda rows: None
+) -> list[dict]:
     """A row for every ceiling of this GPU.
 
     Parameters
@@ -197,6 +199,8 @@ def measure(machine, device: torch.device, clock: bench_timing.Clock, compiled: 
     clock : bench_timing.Clock
     compiled : dict, optional
         `compile_ceilings(machine.arch)`.
+    keep : callable
+        Gets the rows so far after each ceiling.
 
     Returns
     -------
@@ -215,8 +219,9 @@ def measure(machine, device: torch.device, clock: bench_timing.Clock, compiled: 
     for name, part in parts:
         try:
             found += part()
-        except RuntimeError as error:  # the driver's, PyTorch's or a compiler's
-            found.append({"name": name, "reason": str(error).strip().split("\n")[0]})
+        except Exception as error:  # the driver's, PyTorch's or a compiler's: whatever stops one must not stop the others
+            found.append({"name": name, "reason": str(error).strip().split("\n")[0] or type(error).__name__})
+        keep(found)
     return found
 
 
@@ -277,11 +282,11 @@ def data(operands: str, device: torch.device) -> Tensor:
         return torch.randn(_OPERANDS, generator=generator, device=device).to(torch.float8_e4m3fn).view(torch.int8)
     if operands == "fp32":
         return torch.rand(_OPERANDS // 4, generator=generator, device=device).view(torch.int8)
-    size = _region(device) if operands == "region" else _OPERANDS
+    size = region(device) if operands == "region" else _OPERANDS
     return torch.randint(-127, 128, (size,), generator=generator, device=device, dtype=torch.int8)
 
 
-def _region(device: torch.device) -> int:
+def region(device: torch.device) -> int:
     """Bytes, whole pieces of every size of copy."""
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 2 * REGION)
     return max(1, min(REGION, cache // 2) >> 16) << 16

@@ -72,17 +72,20 @@ class Candidate:
         self.machine.launch(kernel, grid, threads, self.shared if kernel.name == KERNEL else shared, params, stream)
 
 
-def candidates(machine, short: bool) -> dict[str, Candidate]:
-    """By label; those of the two head sizes go in pairs. A short run leaves out numbers of stages other than the usual."""
-    pairs = zip(*(config.hopper_candidates(dim) for dim in config.DIMS), strict=True)
+def chosen_by_label(short: bool) -> dict[str, dict[int, config.HopperConfig]]:
+    """Ways to build the kernel, each by head size; those of the two go in pairs. A short list leaves out numbers of stages other than the usual."""
     found = {}
-    for pair in pairs:
+    for pair in zip(*(config.hopper_candidates(dim) for dim in config.DIMS), strict=True):
         chosen = dict(zip(config.DIMS, pair, strict=True))
-        label = " / ".join(dict.fromkeys(c.label for c in reversed(pair)))
         usual = all(c.stages == config.hopper_config(dim).stages or c.tile_blocks == 3 for dim, c in chosen.items())
         if usual or not short:
-            found[label] = Candidate(machine, chosen)
+            found[" / ".join(dict.fromkeys(c.label for c in reversed(pair)))] = chosen
     return found
+
+
+def candidates(machine, short: bool) -> dict[str, Candidate]:
+    """`chosen_by_label` as machines."""
+    return {label: Candidate(machine, chosen) for label, chosen in chosen_by_label(short).items()}
 
 
 def resources(machine, dim: int, chosen: config.HopperConfig) -> dict[str, int]:
@@ -234,7 +237,7 @@ def on_gpu(options, device: torch.device, machine) -> int:
     if "peers" in options.only and not options.short and not wrong:
         into = {"rows": result["peers"], "skipped": result["skipped"]}
         for shape in PEERS_AT:
-            reason = bench.room(shape, device) or bench.measured(into, shape, None, (machine,), clock, device, short=False, flat=True)
+            reason = bench.room(shape, device) or bench.measured(into, shape, None, (machine,), clock, device, effort=bench.WHOLE, flat=True)
             if reason is not None:
                 result["skipped"].append({"call": shape.name, "what": "peers", "reason": reason})
             keep(f"peers, {shape.name}")

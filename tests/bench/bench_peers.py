@@ -235,7 +235,12 @@ DENSE = {
 }  # fmt: skip
 SPARSE = {"spas_sage_attn": spas_sage_attn, "comfy_kitchen sol": comfy_kitchen_sol, "flashinfer vsa": flashinfer_vsa}
 
-PACKAGES = ("sageattention", "spas_sage_attn", "comfy_kitchen", "flashinfer", "flash_attn", "flash_attn_interface")
+PACKAGE_OF = {
+    "sageattention": "sageattention", "comfy_kitchen int8": "comfy_kitchen", "flashinfer": "flashinfer", "flash_attn 2": "flash_attn",
+    "flash_attn 3": "flash_attn_interface", "spas_sage_attn": "spas_sage_attn", "comfy_kitchen sol": "comfy_kitchen", "flashinfer vsa": "flashinfer",
+}  # fmt: skip
+"""Contender -> the package that has it."""
+PACKAGES = tuple(dict.fromkeys(PACKAGE_OF.values()))
 
 
 def packages() -> dict[str, str]:

@@ -19,8 +19,10 @@ _SMI = "driver_version,power.limit,power.draw,clocks.sm,clocks.mem,clocks.max.sm
 
 
 def commit() -> str:
-    """What git says of the sources, or "unknown"."""
-    return _output("git", "-C", str(ROOT), "describe", "--always", "--dirty") or "unknown"
+    """What git says of the sources; of a copy without git what `bench_gpu.py --carry` noted; or "unknown"."""
+    noted = ROOT / ".gpu" / "commit"
+    told = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+    return told or (noted.read_text(encoding="utf-8").strip() if noted.is_file() else "unknown")
 
 
 def smi(device: torch.device) -> dict[str, str]:

@@ -66,6 +66,9 @@ MODELS = (
 )
 
 SHORT = (MODELS[0], MOCHI)
+HEADLINE = tuple(shape for shape in MODELS if shape.name in ("Flux 1024 px", "Mochi 22k", "Wan 14B 75k", "HunyuanVideo 118k"))
+"""From a picture to the longest video: what is told first."""
+AGAINST_PEERS = HEADLINE[1:3]
 
 
 def twin(shape: Shape) -> Shape:

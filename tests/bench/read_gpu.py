@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import gpu_steps  # noqa: F401, makes sparge_kernels importable where it is not installed
+
+# isort: split
 import bench_ceilings
 import bench_floors
 import bench_hopper
@@ -26,6 +29,8 @@ from sparge_kernels import config
 BROKEN = ("wrong", "fault", "crash", "hang", "failed", "out of memory")
 """What may become of a step that ran, the worst first."""
 LEFT_OUT = ("no time", "not here")
+COMPARING = ("candidates", "peer")
+"""Steps that are wrong when one of several contenders is; their rows are of the others."""
 TOPK = 0.5
 """What the nodes ask for unless told otherwise: gains are those of the longest call at the density nearest to it."""
 _UNKNOWN = "not measured"
@@ -54,9 +59,9 @@ class Reading:
         self.arch = f"sm_{capability.replace('.', '')}" if re.fullmatch(r"\d+\.\d", capability) else None
 
     def found(self, prefix: str) -> dict[str, dict]:
-        """Step -> result, of steps that ran well and whose name starts so: no speed is told of what went wrong."""
-        fits = {name: step for name, step in self.steps.items() if name.startswith(prefix)}
-        return {name: step["result"] for name, step in fits.items() if step["status"] == "ok" and step.get("result")}
+        """Step -> result, as far as it came, of steps whose name starts so: no speed is told of what is wrong, which COMPARING steps leave out."""
+        fits = {name: step for name, step in self.steps.items() if name.startswith(prefix) and step.get("result")}
+        return {name: step["result"] for name, step in fits.items() if step["status"] != "wrong" or name.startswith(COMPARING)}
 
     def rows(self, prefix: str) -> list[dict]:
         return [row for result in self.found(prefix).values() for row in result.get("rows", ())]
@@ -172,7 +177,7 @@ def faults(reading: Reading) -> list[Entry]:
         worst = step["status"] if step["status"] in BROKEN else "wrong"
         if step["status"] in BROKEN or told:
             reason = step.get("reason") or next((line for line in reversed(step.get("log") or ()) if line.strip()), "no reason was left")
-            said = "; ".join(([reason.rstrip(".")] if step["status"] in BROKEN else []) + told)
+            said = "; ".join(told if told and worst == "wrong" else [reason.rstrip("."), *told])
             found.append((name.startswith("peer"), BROKEN.index(worst), Entry(f"**{worst}**: {name}: {said}.", place_of(name))))
     return [entry for *_, entry in sorted(found, key=lambda item: item[:2])]
 
@@ -288,7 +293,7 @@ def form(reading: Reading) -> Entry:
     rows = nearest([row for row in reading.speeds if (row["call"], row["topk"]) in calls])
     own = next((row for row in rows if form_of(row) == shipped), None)
     if own is None or len(rows) < 2:
-        return Entry(f"Other forms of P and V than {shipped or 'the one in use'}: {_UNKNOWN} beside it in one call.", place)
+        return _form_of_candidates(reading) or Entry(f"Other forms of P and V than {shipped or 'the one in use'}: {_UNKNOWN} beside it.", place)
     best = min((row for row in rows if row is not own), key=lambda row: row["ms"]["median"])
     mine, other = own["ms"]["median"], best["ms"]["median"]
     there = f"{own['call']}, topk {own['topk']:g}: {form_of(best)} takes {_number(other)} ms, {shipped} {_number(mine)}"
@@ -298,6 +303,20 @@ def form(reading: Reading) -> Entry:
     saves = (1 - other / mine) * base["ms"]["median"]
     same = "" if own["call"] == base["call"] else ", if the longest call gains the same share"
     return Entry(f"Forms of P and V: {there}: {mine / other:.2f} x as fast, {errors}; {_most(saves, base)}{same}.", place, saves)
+
+
+def _form_of_candidates(reading: Reading) -> Entry | None:
+    """The attention kernel of the other architectures against Hopper's own, which are timed together with the candidates."""
+    rows = {label_of(row): row for row in nearest([row for row in reading.rows("candidates") if row["dim"] == 128])}
+    own, other = rows.get(config.hopper_config(128).label), rows.get("mma int8")
+    if own is None or other is None or reading.base is None:
+        return None
+    place, mine, theirs = "kernels/config.py, pv_for", own["ms"]["median"], other["ms"]["median"]
+    there = f"attention alone, {own['call']}, topk {own['topk']:g}: int8 on mma.sync takes {_number(theirs)} ms, fp8 on wgmma {_number(mine)}"
+    if other["ms"]["high"] >= own["ms"]["low"]:
+        return Entry(f"Forms of P and V: none is faster than fp8 beyond the spread of its runs; {there}.", place, 0.0)
+    saves = (1 - theirs / mine) * attention_ms(reading.base)
+    return Entry(f"Forms of P and V: {there}: {mine / theirs:.2f} x as fast; {_most(saves, reading.base)}.", place, saves)
 
 
 def prepass(reading: Reading) -> Entry:

@@ -7,6 +7,7 @@ benchmark's question.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 
@@ -23,11 +24,11 @@ GRID, TEXT = (4, 20, 25), 77
 TOKENS = TEXT + GRID[0] * GRID[1] * GRID[2]
 
 
-def calls(machines: dict, device: torch.device) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+def calls(machines: dict, device: torch.device, dtypes: tuple[str, ...] = config.DTYPES) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
     """(name, call) for every variant, then for what the variants decide at run time."""
     for pv, machine in machines.items():
         for dim in config.DIMS:
-            for dtype in config.DTYPES:
+            for dtype in dtypes:
                 for masked in (False, True):
                     yield f"{pv}, D {dim}, {dtype}{', masked' if masked else ''}", _call(machine, device, dim, dtype, masked=masked)
     machine = next(iter(machines.values()))
@@ -55,18 +56,37 @@ def _call(machine, device, dim: int, dtype: str, *, masked: bool = False, querie
     return call
 
 
+def run(machines: dict, device: torch.device, dtypes: tuple[str, ...] = config.DTYPES) -> list[str]:
+    """Makes every call, and returns the names of those whose result is not finite."""
+    wrong = []
+    for name, call in calls(machines, device, dtypes):
+        finite = bool(call().isfinite().all())
+        print(f"{name}: {'ok' if finite else 'NOT FINITE'}", flush=True)
+        wrong += [] if finite else [name]
+    return wrong
+
+
+def read(output: str, status: int) -> dict:
+    """What a run under compute-sanitizer printed, in numbers.
+
+    Returns
+    -------
+    dict
+        "errors": as the tool counts them, at least 1 where the run failed or told no number; "calls": how many ran; "lines": the first of its report.
+    """
+    counted = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
+    lines = [line[:200] for line in output.splitlines() if line.startswith("=========")]
+    errors = max(sum(map(int, counted)), int(status != 0 or not counted))
+    return {"errors": errors, "calls": len(re.findall(r": ok$", output, re.MULTILINE)), "lines": lines[:30]}
+
+
 def main() -> int:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     machine, reason = backend.machine_of(device)
     if machine is None:
         print(f"Nothing was run: {reason}.")
         return 0
-    wrong = []
-    for name, call in calls({p: backend.Machine(device.index, machine.arch, p) for p in config.forms(machine.arch)}, device):
-        finite = bool(call().isfinite().all())
-        print(f"{name}: {'ok' if finite else 'NOT FINITE'}", flush=True)
-        wrong += [] if finite else [name]
-    return int(bool(wrong))
+    return int(bool(run({p: backend.Machine(device.index, machine.arch, p) for p in config.forms(machine.arch)}, device)))
 
 
 if __name__ == "__main__":

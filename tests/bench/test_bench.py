@@ -468,7 +468,7 @@ SHAPE = bench_shapes.Shape("tiny", 300, 300, 1, 64)
 
 def test_a_shape_from_checks_to_rows(emulated):
     machine, clock = emulated
-    rows, skipped = bench.measure(SHAPE, bench.random_inputs(SHAPE, CPU), (machine,), clock, short=True, flat=True)
+    rows, skipped = bench.measure(SHAPE, bench.random_inputs(SHAPE, CPU), (machine,), clock, effort=bench.SHORT, flat=True)
     assert [(row["what"], row["topk"]) for row in rows] == [("sdpa flash", None), ("sparge int8", 1.0), ("sparge int8", 0.5)]
     dense, whole, half = rows
     assert dense["ms"]["median"] == 100 and whole["ms"]["median"] == 20 and whole["speedup"] == {"sdpa flash": 5.0}
@@ -493,13 +493,13 @@ def test_a_wrong_kernel_gets_no_row(emulated, monkeypatch):
     machine, clock = emulated
     spoil(monkeypatch)
     with pytest.raises(bench.Wrong, match="tiny, sparge int8, topk 1.0: off by 0.2"):
-        bench.measure(SHAPE, bench.random_inputs(SHAPE, CPU), (machine,), clock, short=True, flat=True)
+        bench.measure(SHAPE, bench.random_inputs(SHAPE, CPU), (machine,), clock, effort=bench.SHORT, flat=True)
 
 
 def test_a_wrong_peer_gets_no_row(emulated, monkeypatch):
     machine, clock = emulated
     monkeypatch.setattr(bench_peers, "BASELINES", {"sdpa flash": lambda inputs: bench_peers.Contender("sdpa flash", lambda: inputs.v)})
-    rows, skipped = bench.measure(SHAPE, bench.random_inputs(SHAPE, CPU), (machine,), clock, short=True, flat=True)
+    rows, skipped = bench.measure(SHAPE, bench.random_inputs(SHAPE, CPU), (machine,), clock, effort=bench.SHORT, flat=True)
     assert [row["what"] for row in rows] == ["sparge int8"] * 2 and "off by" in skipped[0]["reason"]
 
 
@@ -528,7 +528,7 @@ def test_the_whole_program_on_an_emulated_gpu(gpu, tmp_path, capsys):
     assert gpu() == 0
     result = json.loads((tmp_path / "emulated.json").read_text())
     printed = capsys.readouterr().out
-    assert printed.endswith("\n\n" + bench_report.table(result) + "\n") and "27 checks passed" in printed
+    assert printed.endswith("\n\n" + bench_report.table(result) + "\n") and "33 checks passed" in printed
     assert [row["what"] for row in result["rows"]] == ["sdpa flash"] + [f"sparge {pv}" for pv in config.PV] * 2
     assert result["binaries"]["attention_mma_d64_fp8_masked"] == "emulated" and len(result["binaries"]) == 16
     reasons = {(item["call"], item["what"]): item["reason"] for item in result["skipped"]}

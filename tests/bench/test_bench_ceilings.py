@@ -321,7 +321,7 @@ def measure(monkeypatch):
         return self
 
     monkeypatch.setattr(torch.Tensor, "copy_", copied)
-    return lambda arch, compiled: bench_ceilings.measure(Emulated(arch, now), CPU, clock, compiled)
+    return lambda arch, compiled, **more: bench_ceilings.measure(Emulated(arch, now), CPU, clock, compiled, **more)
 
 
 def test_every_ceiling_is_measured(measure):
@@ -338,6 +338,13 @@ def test_every_ceiling_is_measured(measure):
     assert rows[bench_ceilings.LAUNCH]["rate"] == 4000.0 and rows[bench_ceilings.CALL_ON_HOST]["rate"] == 31.0
     told = bench_ceilings.table(list(rows.values()))
     assert len(told.splitlines()) == 2 + len(rows) and f"| {bench_ceilings.LAUNCH_ON_HOST} | 3 us |  |  |  |" in told
+
+
+def test_rows_are_kept_on_the_way(measure):
+    kept = []
+    rows = measure("sm_80", {bench_ceilings.PORTABLE: b"right"}, keep=lambda found: kept.append([row["name"] for row in found]))
+    names = [row["name"] for row in rows]
+    assert kept[:2] == [names[:1], names[:2]] and kept[-1] == names
 
 
 def test_what_fails_does_not_stop_the_others(measure):

@@ -138,8 +138,8 @@ def gpu(monkeypatch, tmp_path):
         bench_report: dict(smi=lambda device: {"clocks.sm": "1980 MHz"}),
         bench_timing: dict(cuda_clock=lambda device: bench_timing.Clock(lambda: Event(now), lambda: None)),
         bench_check: dict(CASES=bench_check.CASES[:1], LONG=(1, 300, 64)),
-        bench_peers: dict(BASELINES={}, DENSE={}, SPARSE={}),
-        bench: dict(LEAST_ROUNDS=1, MOST_ROUNDS=1),
+        bench_peers: dict(BASELINES={}),
+        bench: dict(LEAST_ROUNDS=1, MOST_ROUNDS=1, WHOLE=bench.SHORT),
         bench_shapes: dict(TOPK=(0.5,)),
         bench_hopper: dict(
             candidates=lambda machine, short: {"usual": bench_hopper.Candidate(machine, pair)}, SHAPES=(shape,), SHORT=(shape,), PEERS_AT=(shape,),
@@ -171,7 +171,7 @@ def test_the_whole_program_on_an_emulated_gpu(gpu, tmp_path, monkeypatch, capsys
     assert row["ms"]["median"] == 8.0 and row["tflops"] == pytest.approx(4 * 300 * 300 * 64 * row["density"] / 0.008 / 1e12)
     assert 0 < row["error"] <= bench_check.flat_bound("fp8", torch.bfloat16)
     assert result["ceilings"] == CEILINGS and bench_ceilings.table(CEILINGS) in printed
-    assert len(result["checks"]) == 6 and result["resources"]["usual"]["64"]["registers"] == 168
+    assert len(result["checks"]) == 7 and result["resources"]["usual"]["64"]["registers"] == 168
     assert [row["what"] for row in result["peers"]] == ["sparge fp8"]
     assert [clocks["after"] for clocks in result["clocks"]] == ["ceilings", "checks of usual", "tiny, topk 0.5", "peers, tiny"]
     assert all(clocks["clocks.sm"] == "1980 MHz" for clocks in result["clocks"])

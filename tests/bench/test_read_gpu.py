@@ -357,7 +357,12 @@ def test_another_form_of_p_and_v_that_is_faster():
     own, other = (attention_ms(LONGEST, 0.5, "sm_80", pv, cycles) + 2.05 for pv, cycles in FORMS["sm_80"].items())
     assert "fp16 takes" in told and saved(told) == pytest.approx(own - other, rel=0.02) and "its error 0.02 against 0.02" in told
     assert "none is faster than fp8" in entry(made_up("sm_90"), "Forms of P and V")
-    assert "not measured beside it" in entry(made_up("sm_90", forms={"fp8": 1600}), "Other forms")
+    alone = made_up("sm_90", forms={"fp8": 1600})
+    assert "none is faster than fp8" in entry(alone, "Forms") and "attention alone, 119,056, D 128" in entry(alone, "Forms")
+    for row in alone["steps"]["candidates"]["result"]["rows"]:
+        row["ms"] = spread(1.0) if row["what"] == "mma int8" else row["ms"]
+    assert saved(entry(alone, "Forms")) == pytest.approx(attention_ms(LONGEST, 0.5, "sm_90", "fp8", 1600) - 1.0, rel=0.01)
+    assert "not measured beside it" in entry(made_up("sm_89", forms={"int8": 2600}), "Other forms")
 
 
 # ---- what went wrong
@@ -383,7 +388,7 @@ def test_what_is_wrong_comes_first():
     others = [["**crash**", "speed Mochi 22k"], ["**hang**", "candidate n128 s4 / n128 s6"], ["**wrong**", "peer flash_attn 3"]]
     assert sorted(found[: len(wrong)]) == sorted(["**wrong**", name] for name in wrong) and found[len(wrong) :] == others
     assert listed[: len(found)] == [text for text in listed if text.startswith("**")]
-    assert "GQA is off; 1 of 1 checks failed: GQA (error 0.5, at most 0.05). Look at kernels/cuda/src" in entry(result, "**wrong**: packaged fp8")
+    assert "fp8: 1 of 1 checks failed: GQA (error 0.5, at most 0.05). Look at kernels/cuda/src" in entry(result, "**wrong**: packaged fp8")
     assert "12 of 14 kernels ran, not attention_mma_d64_int8, select_d64." in entry(result, "**wrong**: packaged int8")
     assert "(error nan, at most 0.02)" in entry(result, "**wrong**: 2^31")
     assert "2 errors in 40 calls: hazard in sparge_select / more." in entry(result, "**wrong**: sanitizer racecheck")
@@ -403,6 +408,11 @@ def test_no_speed_is_told_of_what_went_wrong():
     result["steps"]["speed HunyuanVideo 118k"]["status"] = "wrong"
     printed = read_gpu.report(result)
     assert "| HunyuanVideo 118k |" not in printed and "Gains are those of Wan 14B 75k at topk 0.5 with sparge fp8" in printed
+    for name in ("candidates", "peer flash_attn 3"):  # whose rows are of contenders that are right
+        result["steps"][name]["status"] = "wrong"
+    assert "\n## Candidates\n" in read_gpu.report(result) and "\n## Peers\n" in read_gpu.report(result)
+    result["steps"]["speed HunyuanVideo 118k"]["status"] = "hang"  # after these rows were written
+    assert "Gains are those of HunyuanVideo 118k" in read_gpu.report(result)
 
 
 @pytest.mark.parametrize("status", read_gpu.BROKEN + read_gpu.LEFT_OUT)
