@@ -12,14 +12,13 @@ Kernels are compiled here, by the NVRTC that PyTorch carries. What was found is 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import datetime
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import bench
+import bench_ceilings
 import bench_check
 import bench_peers
 import bench_report
@@ -30,8 +29,7 @@ import torch
 from bench import say
 from sparge_kernels import config
 from sparge_kernels.backends import cuda as backend
-from sparge_kernels.cuda import build, driver, loader, nvrtc
-from torch import Tensor
+from sparge_kernels.cuda import build, loader
 
 PARTS = ("ceilings", "checks", "candidates", "peers")
 SHAPES = tuple(bench_shapes.Shape(f"{tokens:,}, D {dim}", tokens, tokens, 24, dim) for dim in (128, 64) for tokens in (16384, 32768, 119056))
@@ -40,114 +38,6 @@ PEERS_AT = tuple(shape for shape in SHAPES if shape.dim == 128 and shape.s_q > 1
 TOPK = (0.5, 0.25)
 ROUNDS = 10
 KERNEL = "sparge_attention_sm90"
-
-
-# ---- what the hardware allows
-
-
-class CeilingParams(ctypes.Structure):
-    """As in ceilings.cuh."""
-
-    _fields_ = [("data", ctypes.c_void_p), ("out", ctypes.c_void_p), ("bytes", ctypes.c_int64), ("rounds", ctypes.c_int32), ("copy", ctypes.c_int32)]
-
-
-@dataclass(frozen=True)
-class Ceiling:
-    """A kernel of ceilings.cuh and what it is run with.
-
-    Attributes
-    ----------
-    name : str
-    symbol : str
-    threads, shared : int
-    rounds : int
-        Of the same work per block.
-    work : float
-        FLOP, or bytes copied, of one round of one block.
-    unit : str
-        "TFLOPS" or "TB/s".
-    copy : int
-        Bytes of one copy.
-    """
-
-    name: str
-    symbol: str
-    threads: int
-    shared: int
-    rounds: int
-    work: float
-    unit: str
-    copy: int = 0
-
-    def rate(self, blocks: int, milliseconds: float) -> float:
-        """In `unit`."""
-        return blocks * self.rounds * self.work / milliseconds / 1e9
-
-
-_ROUND = 2 * 4 * 2.0 * 64 * 128 * 32  # FLOP: two warpgroups, four products of 64 x 128 x 32
-_OPERANDS, _REGION = 32768, 16 << 20  # the region stays in the L2 cache
-CEILINGS = (
-    Ceiling("int8 wgmma, operands in shared memory", "ceiling_s8", 256, 1024 + _OPERANDS, 40_000, _ROUND, "TFLOPS"),
-    Ceiling("fp8 wgmma, one operand in registers", "ceiling_e4m3", 256, 1024 + _OPERANDS, 40_000, _ROUND, "TFLOPS"),
-    Ceiling("bulk copies of 8 KB from L2", "ceiling_copy", 32, 256 + 8 * 8192, 40_000, 8192, "TB/s", 8192),
-    Ceiling("bulk copies of 16 KB from L2", "ceiling_copy", 32, 256 + 8 * 16384, 20_000, 16384, "TB/s", 16384),
-)
-SYMBOLS = ("ceiling_s8", "ceiling_e4m3", "ceiling_copy")
-
-
-def ceiling_program() -> nvrtc.Program:
-    """ceilings.cuh with what it includes."""
-    included = nvrtc.program("prim_sm90.cuh", config.HOPPER_EXACT, ()).files
-    text = (Path(__file__).resolve().parent / "ceilings.cuh").read_text(encoding="utf-8")
-    return nvrtc.Program("ceilings.cuh", (("ceilings.cuh", text), *included), config.HOPPER_EXACT, ())
-
-
-def ceiling_data(symbol: str, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Random operands, as bytes: zeros would draw less power and run at higher clocks."""
-    if symbol == "ceiling_s8":
-        return torch.randint(-127, 128, (_OPERANDS,), generator=generator, device=device, dtype=torch.int8)
-    if symbol == "ceiling_e4m3":
-        return torch.randn(_OPERANDS, generator=generator, device=device).to(torch.float8_e4m3fn).view(torch.int8)
-    return torch.randint(-127, 128, (_REGION,), generator=generator, device=device, dtype=torch.int8)
-
-
-def ceilings(machine, device: torch.device, clock: bench_timing.Clock, compiled: bytes) -> list[dict]:
-    """Rates of CEILINGS, medians over ROUNDS."""
-    kernels = driver.driver().load(compiled, machine.index, SYMBOLS, "compiled for the benchmark")
-    generator = torch.Generator(device).manual_seed(0)
-    out = torch.zeros(machine.processors, dtype=torch.int32, device=device)
-    data = {symbol: ceiling_data(symbol, generator, device) for symbol in SYMBOLS}
-
-    def call(ceiling: Ceiling):
-        region = data[ceiling.symbol]
-        params = CeilingParams(region.data_ptr(), out.data_ptr(), region.numel(), ceiling.rounds, ceiling.copy)
-        return lambda: machine.launch(kernels[ceiling.symbol], machine.processors, ceiling.threads, ceiling.shared, params, machine.stream())
-
-    times = bench_timing.alternate(clock, {ceiling.name: call(ceiling) for ceiling in CEILINGS}, rounds=ROUNDS)
-    found = []
-    for ceiling in CEILINGS:
-        ms = bench_timing.spread(times[ceiling.name])
-        found.append({"name": ceiling.name, "ms": ms, "rate": ceiling.rate(machine.processors, ms["median"]), "unit": ceiling.unit})
-    return found
-
-
-def compile_ceilings() -> bytes:
-    """By the first NVRTC that can.
-
-    Raises
-    ------
-    nvrtc.CompilerError
-    """
-    reasons = []
-    for compiler in loader.default().places.compilers():
-        if isinstance(compiler, str):
-            reasons.append(compiler)
-            continue
-        try:
-            return compiler.compile(ceiling_program())
-        except nvrtc.CompilerError as error:
-            reasons.append(str(error))
-    raise nvrtc.CompilerError("; ".join(reasons) or "there is no NVRTC")
 
 
 # ---- candidates
@@ -326,12 +216,8 @@ def on_gpu(options, device: torch.device, machine) -> int:
         bench_report.save(result, options.results)
 
     if "ceilings" in options.only:
-        try:
-            result["ceilings"] = ceilings(machine, device, clock, compile_ceilings())
-        except nvrtc.CompilerError as error:
-            result["skipped"].append({"call": "ceilings", "what": "everything", "reason": str(error)})
-        for row in result["ceilings"]:
-            say(f"{row['name']}: {row['rate']:.4g} {row['unit']}")
+        result["ceilings"] = bench_ceilings.measure(machine, device, clock)
+        say(bench_ceilings.table(result["ceilings"]))
         keep("ceilings")
     wrong, right = [], {}
     if {"checks", "candidates"} & set(options.only):
@@ -395,19 +281,25 @@ def compare(machines: dict, result: dict, short: bool, device: torch.device, clo
 def table(result: dict) -> str:
     """Ceilings, candidates and peers as Markdown."""
     lines = [f"{result['machine']['gpu']}, commit {result['commit']}, {result['date']}; {result['data']}.", ""]
-    lines += [f"- {row['name']}: {row['rate']:.4g} {row['unit']}" for row in result["ceilings"]]
-    lines += ["", "| call | density | kernel | registers, spilled | ms | quartiles | TFLOPS | L2 |", "|---|---|---|---|---|---|---|---|"]
-    for row in result["rows"]:
-        needs, ms = result["resources"].get(row["what"], {}).get(str(row["dim"])), row["ms"]
-        cells = [row["call"], f"{row['density']:.3f}", row["what"], f"{needs['registers']}, {needs['local']} B" if needs else ""]
-        cells += [f"{ms['median']:.3g}", f"{ms['low']:.3g} to {ms['high']:.3g}", f"{row['tflops']:.0f}", f"{row['error']:.3g}"]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines += [bench_ceilings.table(result["ceilings"]), ""] if result["ceilings"] else []
+    lines.append(candidate_table(result["rows"], result["resources"]))
     if result["peers"]:
         lines += ["", "| call | density | what | ms | TFLOPS |", "|---|---|---|---|---|"]
         for row in result["peers"]:
             lines.append(f"| {row['call']} | {row['density']:.3f} | {row['what']} | {row['ms']['median']:.3g} | {row['tflops']:.0f} |")
     lines += ["", *(f"- not measured: {item['call']}, {item['what']}: {item['reason']}" for item in result["skipped"])]
     return "\n".join(lines).rstrip()
+
+
+def candidate_table(rows: list[dict], resources: dict[str, dict]) -> str:
+    """Rows of `rows_of` as Markdown; `resources`: label -> head size as text -> what `resources` says."""
+    lines = ["| call | density | kernel | registers, spilled | ms | quartiles | TFLOPS | L2 |", "|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        needs, ms = resources.get(row["what"], {}).get(str(row["dim"])), row["ms"]
+        cells = [row["call"], f"{row['density']:.3f}", row["what"], f"{needs['registers']}, {needs['local']} B" if needs else ""]
+        cells += [f"{ms['median']:.3g}", f"{ms['low']:.3g} to {ms['high']:.3g}", f"{row['tflops']:.0f}", f"{row['error']:.3g}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

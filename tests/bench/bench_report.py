@@ -96,20 +96,25 @@ LEGEND = (
 
 def table(result: dict) -> str:
     """The rows of a result as Markdown, under the machine and above what was left out."""
+    return f"{heading(result)}\n\n{speeds(result['rows'], result['skipped'])}"
+
+
+def heading(result: dict) -> str:
+    """The machine, commit, date and data of a result."""
     about = result["machine"]
     smi = about["nvidia_smi"]
-    lines = [
+    return (
         f"{about['gpu']} ({about['multiprocessors']} SMs, {about['capability']}), driver {smi.get('driver_version', 'unknown')}, power limit "
-        f"{smi.get('power.limit', 'unknown')}, torch {about['torch']}, commit {about['commit']}, {result['date']}; {result['data']}.",
-        "",
-        LEGEND,
-        "",
-        "| " + " | ".join(_COLUMNS) + " |",
-        "|" + "---|" * len(_COLUMNS),
-    ]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in result["rows"]]
-    skipped = [f"- {item['call']}, {item['what']}: {item['reason']}" for item in result["skipped"]]
-    return "\n".join(lines + (["", "Not measured:", ""] + skipped if skipped else []))
+        f"{smi.get('power.limit', 'unknown')}, torch {about['torch']}, commit {about['commit']}, {result['date']}; {result['data']}."
+    )
+
+
+def speeds(rows: list[dict], skipped: list[dict]) -> str:
+    """Rows of bench.measure as Markdown, above what was left out."""
+    lines = [LEGEND, "", "| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
+    left_out = [f"- {item['call']}, {item['what']}: {item['reason']}" for item in skipped]
+    return "\n".join(lines + (["", "Not measured:", ""] + left_out if left_out else []))
 
 
 def _cells(row: dict) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import bench
+import bench_ceilings
 import bench_check
 import bench_hopper
 import bench_host
@@ -101,6 +102,10 @@ class Shelf(gpu_carry.Shelf):
         return (variant, "emulated") if self.name == "ptx" or bench_hopper.KERNEL in variant.symbols else None
 
 
+def _refuse(reason: str) -> None:
+    raise RuntimeError(reason)
+
+
 def _dense(now: list[float]) -> Callable:
     def contender(inputs):
         def run():
@@ -116,6 +121,8 @@ def _dense(now: list[float]) -> Callable:
 def pretended() -> Iterator[Callable]:
     """Inside, everything that a step asks of a GPU is answered by an emulated one; gives what stands in for gpu_steps.here."""
     sys.path.append(str(Path(__file__).resolve().parents[1] / "emulator"))
+    import samples
+
     now = [0.0]
     clock = bench_timing.Clock(lambda: Event(now), lambda: None)
     machine = Emulated(now)
@@ -123,10 +130,16 @@ def pretended() -> Iterator[Callable]:
              "host": "this one", "python": "3", "torch": str(torch.__version__), "torch_cuda": "none", "commit": bench_report.commit()}  # fmt: skip
     small = {shape: replace(shape, s_q=300, s_k=300, heads=1) for shape in (*bench_shapes.HEADLINE, *gpu_steps.COMPARED)}
     usual = {dim: config.hopper_config(dim) for dim in config.DIMS}
+    ceilings = {file: samples.Source(Path(file).stem, str(bench_ceilings.HERE / file)) for file in (bench_ceilings.PORTABLE, bench_ceilings.HOPPER)}
+    without = lambda *given: _refuse("there is nothing to time on an emulated GPU")  # noqa: E731
     load = lambda code, index, symbols, origin: {s: SimpleNamespace(variant=code, name=s, origin=origin) for s in symbols}  # noqa: E731
     changes = {
         backend: dict(machine_of=lambda device: (machine, None), Machine=lambda index, arch, pv: Emulated(now, arch, pv)),
         bench: dict(LEAST_ROUNDS=1, MOST_ROUNDS=1, room=lambda shape, device: None),
+        bench_ceilings: dict(
+            CEILINGS=tuple(replace(ceiling, rounds=2) for ceiling in bench_ceilings.CEILINGS), ROUNDS=1, LAUNCHES=2, region=lambda device: 1 << 16,
+            compile_ceilings=lambda arch: ceilings, of_memory=without, of_host=without,
+        ),
         bench_check: dict(CASES=(), NASTY=bench_check.NASTY[:12], LONG=(1, 300, 64), BEYOND=bench_shapes.Shape("small", 300, 200, 2, 128)),
         bench_hopper: dict(
             chosen_by_label=lambda short: dict.fromkeys(LABELS, usual), TOPK=(0.5,),

@@ -356,7 +356,7 @@ def ceilings(here: Here, _: str) -> dict:
     """What the hardware allows."""
     import bench_ceilings
 
-    return {"rows": bench_ceilings.measure(here.machine, here.device, here.clock())}
+    return {"rows": bench_ceilings.measure(here.machine, here.device, here.clock(), keep=lambda rows: here.keep({"rows": rows}))}
 
 
 STEPS: dict[str, Callable[[Here, str], dict]] = {

@@ -1,9 +1,10 @@
-"""Instructions that one warp issues for one tile of Hopper's attention kernel, counted in the packaged binary, beside what the other units need.
+"""Instructions that one warp issues for one tile of an attention kernel, counted in the packaged binary: what bench_floors.py records.
 
-    python tests/bench/instruction_mix.py [--dim 128] [--nvdisasm PATH]
+    python tests/bench/instruction_mix.py [--dim 128] [--arch sm_90] [--pv fp8] [--nvdisasm PATH]
 
-The way through the loop is the shortest one that takes the integer maxima (no edge cuts the tile), all exponentials, and both products (the tile is
-not dropped). nvdisasm comes with the CUDA toolkit, with Triton, or as `pip install nvidia-cuda-nvdisasm`.
+The way through the loop is the shortest one that takes the integer maxima (no edge cuts the tile), all exponentials, both products (the tile is not
+dropped), and the copies of a later tile where the same warps start them. nvdisasm comes with the CUDA toolkit, with Triton, or as
+`pip install nvidia-cuda-nvdisasm`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import heapq
+import itertools
 import re
 import shutil
 import subprocess
@@ -19,12 +21,9 @@ import tempfile
 import zlib
 from dataclasses import dataclass, field
 
+import bench_floors
 from sparge_kernels import config
 from sparge_kernels.cuda import build
-
-CONSUMER_WARPS, SCHEDULERS = 8, 4
-EXPONENTIALS_A_CYCLE = 16  # of one multiprocessor
-MACS_A_CYCLE = 4096  # 8 bit, of one multiprocessor
 
 
 @dataclass
@@ -81,16 +80,36 @@ def way(blocks: list[Block], start: int, end: int) -> list[int] | None:
 
 def tile_of(blocks: list[Block]) -> list[str]:
     """The instructions of one tile."""
-    maxima = next(i for i, block in enumerate(blocks) if block.has("VIMNMX", 9))
-    powers = [i for i, block in enumerate(blocks) if block.has("MUFU.EX2", 50)]
-    products = [i for i, block in enumerate(blocks) if block.has("QGMMA") and block.has("IGMMA")]
+    maxima = next(i for i, block in enumerate(blocks) if block.has("IMNMX", 9))  # whole numbers: no edge cuts the tile
+    powers = [i for i, block in enumerate(blocks) if block.has("MUFU.EX2", 30)]
+    products = [i for i, block in enumerate(blocks) if block.has("MMA", 16) or (block.has("QGMMA") and block.has("IGMMA"))]
+    loads = [i for i, block in enumerate(blocks) if block.has("LDGSTS", 2)]  # attention_mma.cuh: in the same warps
     rounds = []
     for power in powers:
         for product in products:
-            parts = [way(blocks, maxima, power), way(blocks, power, product), way(blocks, product, maxima)]
+            stops = [maxima, power, product, *(load for load in loads if None not in (way(blocks, product, load), way(blocks, load, maxima))), maxima]
+            parts = [way(blocks, start, end) for start, end in itertools.pairwise(stops)]
             if None not in parts:
-                rounds.append([line for i in parts[0] + parts[1][1:] + parts[2][1:-1] for line in blocks[i].code])
+                rounds.append([line for part in parts for i in part[:-1] for line in blocks[i].code])
     return min(rounds, key=len)
+
+
+def instructions(arch: str, dim: int, pv: str, nvdisasm: str) -> list[str]:
+    """Those of one tile in the packaged binary for `arch` without masks; `nvdisasm` is the program's path.
+
+    Raises
+    ------
+    ValueError
+        nvdisasm refuses the binary.
+    """
+    name = config.attention_variant(arch, dim, pv, False).name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(zlib.decompress((build.FOLDER / "cubins" / arch / f"{name}.cubin.z").read_bytes()))
+        file.flush()
+        done = subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"nvdisasm refuses {name} for {arch}: {done.stderr.strip()}")
+    return tile_of(blocks_of(done.stdout))
 
 
 def operation(line: str) -> str:
@@ -100,28 +119,24 @@ def operation(line: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dim", type=int, default=128, choices=config.DIMS)
+    parser.add_argument("--arch", default=config.HOPPER, choices=config.SHIPPED)
+    parser.add_argument("--pv", choices=config.PV, help="by default what that GPU uses")
     parser.add_argument("--nvdisasm", default=shutil.which("nvdisasm"))
     given = parser.parse_args()
+    pv = given.pv or config.pv_for(given.arch)
     if given.nvdisasm is None:
         sys.exit("nvdisasm must be on PATH; pip install nvidia-cuda-nvdisasm and give its path with --nvdisasm")
-    chosen = config.hopper_config(given.dim)
-    name = config.hopper_variant(given.dim, False, chosen).name
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(zlib.decompress((build.FOLDER / "cubins" / config.HOPPER / f"{name}.cubin.z").read_bytes()))
-        file.flush()
-        done = subprocess.run([given.nvdisasm, "-c", file.name], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"nvdisasm refuses {name}: {done.stderr.strip()}")
-    code = tile_of(blocks_of(done.stdout))
-    keys = 64 * chosen.tile_blocks
-    columns = given.dim + 8 * chosen.ones
-    print(f"{name}, {chosen.label}: one tile of 128 queries x {keys} keys on one multiprocessor")
-    print("| unit | cycles |\n|---|---|")
-    print(f"| issue ({len(code)} instructions a warp) | {len(code) * CONSUMER_WARPS // SCHEDULERS:,} |")
-    print(f"| products (Q K^T {given.dim}, P V {columns} columns) | {128 * keys * (given.dim + columns) // MACS_A_CYCLE:,} |")
-    exponentials = sum(operation(line) == "MUFU" for line in code) * 32 * CONSUMER_WARPS
-    print(f"| special functions | {exponentials // EXPONENTIALS_A_CYCLE:,} |")
+    if pv not in config.forms(given.arch):
+        sys.exit(f"--pv must be one of {', '.join(config.forms(given.arch))} for {given.arch}, got {pv}")
+    try:
+        code = instructions(given.arch, given.dim, pv, given.nvdisasm)
+    except ValueError as error:
+        sys.exit(str(error))
+    tile = bench_floors.tile_of(given.arch, given.dim, pv)
+    print(f"{config.attention_variant(given.arch, given.dim, pv, False).name} for {given.arch}: one tile of 128 queries x {tile.keys} keys")
     counted = collections.Counter(map(operation, code))
+    issued, special = bench_floors.issue_cycles(len(code)), counted["MUFU"] * 32 * bench_floors.WARPS // bench_floors.EXPONENTIALS
+    print(f"issue: {len(code)} instructions a warp (recorded: {tile.instructions}), {issued:,} cycles; special functions: {special:,} cycles")
     print("instructions: " + ", ".join(f"{count} {name}" for name, count in counted.most_common(12)))
 
 

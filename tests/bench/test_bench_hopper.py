@@ -1,12 +1,12 @@
-"""The benchmark for Hopper without one: its arguments, its arithmetic, its ceilings on the emulator, and the whole of it on an emulated GPU."""
+"""The benchmark for Hopper without one: its arguments, its candidates, and the whole of it on an emulated GPU."""
 
 from __future__ import annotations
 
 import json
-import os
 from types import SimpleNamespace
 
 import bench
+import bench_ceilings
 import bench_check
 import bench_hopper
 import bench_host
@@ -17,13 +17,11 @@ import bench_timing
 import emulator
 import pytest
 import torch
-from samples import Source
 from sparge_kernels import config
 from sparge_kernels.backends import cuda as backend
-from sparge_kernels.cuda import build, nvrtc
 
 CPU = torch.device("cpu")
-CEILINGS = Source("ceilings", str(emulator.ROOT / "tests" / "bench" / "ceilings.cuh"))
+CEILINGS = [{"name": "nothing", "unit": "TB/s", "rate": 2.0, "per_cycle": None, "ghz": None, "ms": None}]
 
 
 def test_arguments(capsys):
@@ -45,66 +43,6 @@ def test_shapes():
     assert {(shape.s_q, shape.dim) for shape in bench_hopper.SHAPES} == {(n, d) for n in (16384, 32768, 119056) for d in config.DIMS}
     assert {shape.s_q for shape in bench_hopper.SHORT} == {32768} and {shape.dim for shape in bench_hopper.SHORT} == set(config.DIMS)
     assert [(shape.s_q, shape.dim) for shape in bench_hopper.PEERS_AT] == [(32768, 128), (119056, 128)]
-
-
-def test_rates():
-    int8, fp8, small, large = bench_hopper.CEILINGS
-    assert int8.rate(132, 50.0) == fp8.rate(132, 50.0) == pytest.approx(132 * int8.rounds * 8 * 2 * 64 * 128 * 32 / 0.05 / 1e12)
-    assert small.rate(132, 10.0) == large.rate(132, 10.0) == pytest.approx(132 * 40_000 * 8192 / 0.01 / 1e12)
-    assert all(ceiling.shared <= config.HOPPER_SHARED for ceiling in bench_hopper.CEILINGS)
-
-
-# ---- ceilings
-
-
-def run_ceiling(symbol: str, data: torch.Tensor, *, rounds: int, copy: int = 0, blocks: int = 2) -> torch.Tensor:
-    ceiling = next(c for c in bench_hopper.CEILINGS if c.symbol == symbol)
-    out = emulator.guarded((blocks,), torch.int32).zero_()
-    params = bench_hopper.CeilingParams(data.data_ptr(), out.data_ptr(), data.numel(), rounds, copy)
-    shared = 256 + 8 * copy if copy else ceiling.shared
-    emulator.library(CEILINGS).launch(symbol, blocks, params, shared=shared, threads=ceiling.threads, seed=1)
-    emulator.check_guards(out)
-    return out
-
-
-def unswizzled(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of 128 bytes with their 16-byte chunks in order."""
-    chunk = torch.arange(8) ^ (torch.arange(len(rows)) % 8)[:, None]
-    return rows.view(len(rows), 8, 16).gather(1, chunk[:, :, None].expand(-1, -1, 16)).flatten(1)
-
-
-def test_the_int8_ceiling_multiplies_what_it_is_given():
-    data = bench_hopper.ceiling_data("ceiling_s8", torch.Generator().manual_seed(0), CPU)
-    rows = unswizzled(data.view(256, 128)).long()
-    assert run_ceiling("ceiling_s8", data, rounds=3).tolist() == [3 * int((rows[:128] @ rows[128:].T).sum())] * 2
-
-
-def test_the_fp8_ceiling_multiplies_what_it_is_given():
-    data = bench_hopper.ceiling_data("ceiling_e4m3", torch.Generator().manual_seed(0), CPU)
-    side = unswizzled(data[16384:].view(128, 128)).view(torch.float8_e4m3fn).float()  # 128 columns of depth 128
-    words = data.view(torch.int32)[: 16 * 256].view(4, 4, 8, 8, 4)  # k-step, register, warp, lane / 4, lane % 4
-    a = words.contiguous().view(torch.float8_e4m3fn).view(4, 4, 8, 8, 4, 4).float()
-    total = 0.0
-    for step in range(4):
-        b = side[:, 32 * step : 32 * step + 32].view(128, 2, 4, 4).sum(0)  # half, lane % 4, byte: the sums over all columns
-        total += sum(float((a[step, r] * b[r // 2]).sum()) for r in range(4))
-    got = run_ceiling("ceiling_e4m3", data, rounds=2).double()
-    assert (got - 2 * total).abs().max() <= 256 + 1e-3 * abs(total)  # every thread rounds its part
-
-
-@pytest.mark.parametrize("rounds", [1, 8, 21])
-def test_the_copies_end(rounds):
-    assert run_ceiling("ceiling_copy", torch.zeros(3 * 1024, dtype=torch.int8), rounds=rounds, copy=1024).tolist() == [rounds] * 2
-
-
-def test_ceilings_compile():
-    library = build.pinned_nvrtc()
-    if library is None:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("the pinned NVRTC is not installed")
-    found = build.inspect(nvrtc.open_library(library).compile(bench_hopper.ceiling_program()))
-    assert set(found) == set(bench_hopper.SYMBOLS) == {ceiling.symbol for ceiling in bench_hopper.CEILINGS}
-    assert {name: needs.threads for name, needs in found.items()} == {c.symbol: c.threads for c in bench_hopper.CEILINGS}
-    assert not any(needs.local for needs in found.values())
 
 
 # ---- candidates
@@ -192,8 +130,6 @@ def gpu(monkeypatch, tmp_path):
     shape = bench_shapes.Shape("tiny", 300, 300, 1, 64)
     pair = {dim: config.hopper_config(dim) for dim in config.DIMS}
     properties = dict(name="Emulated Hopper", multi_processor_count=2, major=9, minor=0, total_memory=1 << 34)
-    ceilings = Source("ceilings", CEILINGS.source)
-    load = lambda code, device, symbols, origin: {s: SimpleNamespace(variant=ceilings, name=s) for s in symbols}  # noqa: E731
     for owner, changes in {
         torch.cuda: dict(
             is_available=lambda: False, get_device_properties=lambda device: SimpleNamespace(**properties), mem_get_info=lambda device: (1 << 40, 1),
@@ -207,11 +143,10 @@ def gpu(monkeypatch, tmp_path):
         bench_shapes: dict(TOPK=(0.5,)),
         bench_hopper: dict(
             candidates=lambda machine, short: {"usual": bench_hopper.Candidate(machine, pair)}, SHAPES=(shape,), SHORT=(shape,), PEERS_AT=(shape,),
-            TOPK=(0.5,), ROUNDS=1, compile_ceilings=lambda: b"", repeatable=lambda device: bench_check.Check("two runs", 0.0, 0.0),
+            TOPK=(0.5,), ROUNDS=1, repeatable=lambda device: bench_check.Check("two runs", 0.0, 0.0),
             resources=lambda machine, dim, chosen: {"registers": 168, "local": 0, "shared": 1},
-            CEILINGS=tuple(bench_hopper.Ceiling(c.name, c.symbol, c.threads, c.shared, 2, c.work, c.unit, c.copy) for c in bench_hopper.CEILINGS),
         ),
-        bench_hopper.driver: dict(driver=lambda: SimpleNamespace(load=load, version=13000)),
+        bench_ceilings: dict(measure=lambda machine, device, clock: CEILINGS),
     }.items():  # fmt: skip
         for name, value in changes.items():
             monkeypatch.setattr(owner, name, value)
@@ -235,7 +170,7 @@ def test_the_whole_program_on_an_emulated_gpu(gpu, tmp_path, monkeypatch, capsys
     row = result["rows"][0]
     assert row["ms"]["median"] == 8.0 and row["tflops"] == pytest.approx(4 * 300 * 300 * 64 * row["density"] / 0.008 / 1e12)
     assert 0 < row["error"] <= bench_check.flat_bound("fp8", torch.bfloat16)
-    assert len(result["ceilings"]) == 4 and result["ceilings"][0]["rate"] == pytest.approx(2 * 2 * 8 * 2 * 64 * 128 * 32 / 1e9)
+    assert result["ceilings"] == CEILINGS and bench_ceilings.table(CEILINGS) in printed
     assert len(result["checks"]) == 7 and result["resources"]["usual"]["64"]["registers"] == 168
     assert [row["what"] for row in result["peers"]] == ["sparge fp8"]
     assert [clocks["after"] for clocks in result["clocks"]] == ["ceilings", "checks of usual", "tiny, topk 0.5", "peers, tiny"]

@@ -108,14 +108,15 @@ def _build(name: str, flags: tuple[str, ...], files: dict[str, str], unit: str, 
 
 
 def _closure(source: Path) -> dict[str, Path]:
-    """The source and what it includes from kernels/cuda/src, by name; the primitives are the emulator's."""
+    """The source and what it includes from its own folder or kernels/cuda/src, by name; the primitives are the emulator's."""
     found, queue = {}, [source]
     while queue:
         path = queue.pop()
         if path.name in found:
             continue
         found[path.name] = path
-        queue += [SOURCES / name for name in re.findall(r'#include\s*[<"]([\w.]+)[>"]', path.read_text()) if name not in PRIMITIVES]
+        names = [name for name in re.findall(r'#include\s*[<"]([\w.]+)[>"]', path.read_text()) if name not in PRIMITIVES]
+        queue += [path.with_name(name) if path.with_name(name).exists() else SOURCES / name for name in names]
     return found
 
 

@@ -1,13 +1,8 @@
 // What the hardware allows an attention kernel on Hopper: matrix products of warpgroups and nothing else, copies to shared memory and nothing else.
-// Every block does `rounds` of the same work; tests/bench/bench_hopper.py knows how much a round is.
+// Every block does `rounds` of the same work; tests/bench/bench_ceilings.py knows how much a round is.
 #include <prim_sm90.cuh>
 
-struct CeilingParams {
-  const char* data;  // random operands, in any order: 64 KB for the products, `bytes` for the copies
-  int32_t* out;      // one number per block, so that nothing can be left out
-  int64_t bytes;     // of the region that copies read
-  int32_t rounds, copy;
-};
+#include <ceilings_prim.cuh>
 
 constexpr int kSteps = 4;                    // products of depth 32 that share a commit
 constexpr int kOperands = 2 * 8192 + 16384;  // of two warpgroups: 64 rows each, and the 128 rows of the other side; 128 bytes a row
@@ -28,12 +23,14 @@ KERNEL(ceiling_s8, 256, CeilingParams) {
   uint32_t a = bring_operands(p), b = a + 2 * 8192;
   a += (warp_id() / 4) * 8192;
   int c[16][4] = {};
+  int64_t start = start_rounds();
   for (int round = 0; round < p.rounds; ++round) {
     wgmma_fence();
     UNROLL for (int i = 0; i < kSteps; ++i) wgmma_s8<128>(c, matrix_descriptor<128>(a + 32 * i), matrix_descriptor<128>(b + 32 * i), true);
     wgmma_commit();
     wgmma_wait<0>();
   }
+  end_rounds(p, start);
   int sum = 0;
   UNROLL for (int j = 0; j < 16; ++j) UNROLL for (int e = 0; e < 4; ++e) sum += c[j][e];
   atomic_add(p.out + block_id(), sum);
@@ -45,12 +42,14 @@ KERNEL(ceiling_e4m3, 256, CeilingParams) {
   uint32_t a[kSteps][4];
   UNROLL for (int i = 0; i < kSteps; ++i) UNROLL for (int e = 0; e < 4; ++e) a[i][e] = ((const uint32_t*)p.data)[(i * 4 + e) * 256 + thread_id()];
   float c[16][4] = {};
+  int64_t start = start_rounds();
   for (int round = 0; round < p.rounds; ++round) {
     wgmma_fence();
     UNROLL for (int i = 0; i < kSteps; ++i) wgmma_e4m3<128>(c, a[i], matrix_descriptor<128>(b + 32 * i), true);
     wgmma_commit();
     wgmma_wait<0>();
   }
+  end_rounds(p, start);
   float sum = 0.0f;
   UNROLL for (int j = 0; j < 16; ++j) UNROLL for (int e = 0; e < 4; ++e) sum += c[j][e];
   atomic_add(p.out + block_id(), (int)sum);
@@ -68,6 +67,7 @@ KERNEL(ceiling_copy, 32, CeilingParams) {
   sync_block();
   if (thread_id() > 0) return;
   int64_t pieces = p.bytes / p.copy, piece = block_id() * 7 % pieces;
+  int64_t began = cycles_now();
   for (int i = 0; i < p.rounds + kInFlight; ++i) {
     uint32_t barrier = barriers + 8 * (i % kInFlight);
     if (i >= kInFlight) barrier_wait(barrier, (i / kInFlight - 1) & 1);
@@ -77,5 +77,6 @@ KERNEL(ceiling_copy, 32, CeilingParams) {
       piece = piece + 1 < pieces ? piece + 1 : 0;
     }
   }
+  p.cycles[block_id()] = cycles_now() - began;
   atomic_add(p.out + block_id(), p.rounds);
 }
