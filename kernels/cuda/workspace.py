@@ -171,7 +171,7 @@ _BYTES = {"int8": 1, "int16": 2, "float16": 2, "float32": 4, "int32": 4}
 
 
 def _splits(s_k: int, heads: int, processors: int) -> tuple[int, int]:
-    """How many parts, of how many tokens: enough to give every multiprocessor two, in whole strides of the centre's sample."""
+    """How many parts, of how many tokens: enough to give every multiprocessor two, in whole groups of the centre's sample."""
     wanted = min(MAX_SPLITS, num_blocks(2 * processors, heads))
     length = 16 * num_blocks(num_blocks(s_k, wanted), 16)
     return num_blocks(s_k, length), length

@@ -1,4 +1,4 @@
-"""The first ten minutes on a GPU without one: the supervisor on toy processes that hang, crash and flood, what the steps run, and a whole rehearsal."""
+"""The first ten minutes on a GPU without one: the supervisor on processes that hang, crash and flood, what the steps run, and a whole rehearsal."""
 
 from __future__ import annotations
 

@@ -43,6 +43,7 @@ ODD = attention("every_variant_on_odd_lengths", "mma", "int8", 64, False)
 PERM = attention("results_go_back_to_the_callers_order", "mma")
 DROPS = attention("tiles_far_below_are_dropped_as_the_reference_drops_them", "mma", "int8", 64)
 FORMS = prepass("forms", "float16", 64, "int8", "bool")
+SPLITS = prepass("the_statistics_sample_a_head_as_quantize_does", 7)
 UNLIKE = prepass("lengths_of_q_and_k_differ")
 
 MMA, SOFTMAX, EPILOGUE = "attention_mma.cuh", "softmax.cuh", "epilogue.cuh"
@@ -97,6 +98,9 @@ PREPASS = [
           prepass("offsets_beyond_32_bits")),
     Fault("scores in natural units", PRE, "to_score = p.scale * kLog2E;", "to_score = p.scale;", FORMS),
     Fault("centre of another head", PRE, "batch * p.kv_heads + head / (p.heads / p.kv_heads)", "batch * p.kv_heads + head % p.kv_heads", UNLIKE),
+    Fault("the centre takes the same place of every group", LAYOUT, "(int)(group * group * 1126333u >> 20 & (kCentreGroup - 1))", "0", FORMS),
+    Fault("groups of the centre are counted from the split", PRE, "return sampled_token(first + i * kSlots * kCentreGroup);",
+          "return start + sampled_token(first - start + i * kSlots * kCentreGroup);", SPLITS),
     Fault("the centre stays in the keys", PRE, "channel_of(chunk[j], i) - shared.centre[channel + i] : 0;", "channel_of(chunk[j], i) : 0;", FORMS),
     Fault("Q is stored unswizzled", PRE, "place_of(row, channel), x, scale", "channel, x, scale", FORMS),
     Fault("K is stored unswizzled", PRE, "key * kDim + place_of(key, channel)", "key * kDim + channel", FORMS),

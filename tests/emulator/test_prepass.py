@@ -293,8 +293,9 @@ def check_statistics(case: Case, got: SimpleNamespace) -> None:
     batch, kv_heads, s_k, _ = case.k.shape
     length = case.split_length()
     valid = torch.ones(batch, s_k, dtype=torch.bool) if case.keys is None else case.keys.valid
+    chosen = [16 * g + (g * g * 1126333 >> 20) % 16 for g in range(-(-s_k // 16))]  # of the whole head, whatever the splits
     for s in range(case.splits):
-        rows, sampled = slice(s * length, (s + 1) * length), slice(s * length, min((s + 1) * length, s_k), 16)
+        rows, sampled = slice(s * length, (s + 1) * length), [t for t in chosen if s * length <= t < min((s + 1) * length, s_k)]
         k, v = padded(case.k.float(), s_k, case.dim)[:, :, sampled], padded(case.v.float(), s_k, case.dim)[:, :, rows]
         k = torch.where(valid[:, None, sampled, None], k, 0).double()
         v = torch.where(valid[:, None, rows, None], v, 0).abs()
@@ -385,6 +386,17 @@ def test_lengths_of_q_and_k_differ():
 
 def test_more_splits_than_keys():
     check(problem("float16", 64, 33, splits=7))
+
+
+@pytest.mark.parametrize("splits", [1, 7, 32])
+def test_the_statistics_sample_a_head_as_quantize_does(splits):
+    """Whatever the splits, on a video of 80 columns whose last row is cut short."""
+    case = problem("bfloat16", 64, 40, s_k=4005, heads=1, splits=splits)
+    case.k += 20 * rand(7, 1, 1, 80, 64).repeat(1, 1, 51, 1)[:, :, :4005].bfloat16()
+    got = statistics(case)
+    check_statistics(case, got)
+    centre = got.k_sum.sum(2) / got.k_count.sum(2)[..., None]
+    close("centre", centre, quantize.key_centre(case.k)[:, :, 0].double(), 1e-3)
 
 
 @pytest.mark.parametrize("mask", [None, "bool"])
@@ -486,7 +498,7 @@ def test_what_is_not_finite_stays_where_it_was(pv, bad):
         assert not same[head].all(), name
         same[head] = True
         assert same.all(), f"{name} of another head changed"
-    case.k[0, 0, 16, 2] = bad  # a sampled key reaches the whole head through the centre, and no other
+    case.k[0, 0, 17, 2] = bad  # a sampled key reaches the whole head through the centre, and no other
     got = run(case)
     assert (
         not got.k_scale[0, 0].isfinite().any()
@@ -711,7 +723,7 @@ def test_bytes_per_token_and_channel(dim, heads, plan, compensate):
             if name not in OPTIONAL or (name == "v_mean" and compensate) or (name in ("q_sim", "k_sim")):
                 writes += math.prod(shape) * dtype.itemsize
     size = x.numel() * x.element_size()
-    reads = 3 * size + size + size / 16  # the pre-pass; V and every 16th row of K in the statistics
+    reads = 3 * size + size + size / 16  # the pre-pass; V and one row of K in 16 in the statistics
     reads += 2 * heads * tokens * 8 * plan
     total = (reads + writes) / x.numel()
     assert 11.5 <= total <= 12, f"{total:.3f} bytes"

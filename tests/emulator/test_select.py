@@ -75,8 +75,9 @@ class Problem:
         bias = torch.where(valid, key_mask.double() if key_mask is not None and key_mask.is_floating_point() else 0.0, -math.inf)
         if key_mask is not None:
             bias = bias - self.keys.top[:, None]
-        sample = valid[:, None, ::16, None]
-        centre = torch.where(sample, k[:, :, ::16].double(), 0).sum(2, keepdim=True) / sample.sum(2, keepdim=True).clamp_min(1)
+        chosen = [t for t in (16 * g + (g * g * 1126333 >> 20) % 16 for g in range(-(-self.s_k // 16))) if t < self.s_k]
+        sample = valid[:, None, chosen, None]
+        centre = torch.where(sample, k[:, :, chosen].double(), 0).sum(2, keepdim=True) / sample.sum(2, keepdim=True).clamp_min(1)
         self.centred = k.double() - centre
         self.q_pools, self.k_pools = moments(q, 32), moments(self.centred, 64, bias.exp())
         blocks = moments(q, 128)

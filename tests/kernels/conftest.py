@@ -175,7 +175,7 @@ def _select(q, k, *, topk=None, cdfthreshd=None, simthreshd1=-0.1, causal=False,
         for h in range(heads):
             kh = k[b, h // group]
             if smooth_k:
-                sample = [t for t in range(0, s_k, 16) if valid[t]]
+                sample = [t for t in (16 * g + (g * g * 1126333 >> 20) % 16 for g in range(-(-s_k // 16))) if t < s_k and valid[t]]
                 kh = kh - (kh[sample].mean(0) if sample else 0)
             k_moments = [_moments(kh, tokens[valid[tokens]], weight) for tokens in k_tokens]
             for i, rows in enumerate(q_tokens):

@@ -88,18 +88,57 @@ def test_masked_rows_are_stored_as_zero_and_widen_nothing(rand, what):
 
 
 @pytest.mark.parametrize("s", [1, 15, 16, 17, 200, 1000])
-def test_centre_is_the_mean_of_unmasked_tokens_0_16_32(rand, s):
+def test_centre_is_the_mean_of_one_unmasked_key_of_each_16(rand, s):
     k = rand(1, 2, 3, s, 8) + 2
-    expected = torch.stack([k[:, :, t] for t in range(0, s, 16)]).mean(0)
+    chosen = [t for t in (16 * g + g * g * 1126333 // 2**20 % 16 for g in range(-(-s // 16))) if t < s]
+    assert chosen[0] == 0 and quantize.sampled_keys(s, k.device).tolist() == chosen
+    expected = torch.stack([k[:, :, t] for t in chosen]).mean(0)
     centre = quantize.key_centre(k)
     assert centre.shape == (2, 3, 1, 8) and centre.dtype == torch.float32
     torch.testing.assert_close(centre[:, :, 0], expected)
     valid = torch.rand(2, s, generator=torch.Generator().manual_seed(s)) > 0.4
     masked = quantize.key_centre(k.masked_fill(~valid[:, None, :, None], math.nan), valid)
     for b in range(2):
-        sampled = [t for t in range(0, s, 16) if valid[b, t]]
+        sampled = [t for t in chosen if valid[b, t]]
         mean = k[b][:, sampled].mean(1) if sampled else torch.zeros(3, 8)
         torch.testing.assert_close(masked[b, :, 0], mean)
+
+
+def test_places_of_the_largest_groups_do_not_overflow():
+    groups = [0, 1, 4095, 65535, 65536, 262143]
+    assert quantize.place_in_group(torch.tensor(groups)).tolist() == [quantize.place_in_group(g) for g in groups]
+    assert [quantize.place_in_group(g) for g in groups] == [g * g * 1126333 // 2**20 % 16 for g in groups]
+
+
+def off_centre(chosen: torch.Tensor, length: int, width: int) -> float:
+    """Distance of the sampled mean from the true one in root mean square distances of a key from it, where every column has a vector of its own.
+
+    Vectors that are independent: the mean of `chosen` is off by the differences of the columns' shares, each in a direction of its own.
+    """
+    column = torch.arange(length) % width
+    share = torch.bincount(column, minlength=width) / length
+    sampled = torch.bincount(column[chosen], minlength=width) / len(chosen)
+    return float(((sampled - share).square().sum() / (1 - share.square().sum())).sqrt())
+
+
+@pytest.mark.parametrize("length, bound", [(4096, 0.07), (8192, 0.05), (75600, 0.02)])
+def test_the_centre_is_near_the_true_mean_on_grids_of_every_width(length, bound):
+    """The bound halves with four times the keys, as that of keys drawn at random would; a fixed place in each 16 is off by 1 at width 16."""
+    chosen = quantize.sampled_keys(length, torch.device("cpu"))
+    off = {width: off_centre(chosen, length, width) for width in range(16, 129)}
+    assert max(off.values()) < bound, max(off, key=off.get)
+    fixed = torch.arange(0, length, 16)
+    assert off_centre(fixed, length, 16) > 0.9 and off_centre(fixed, length, 80) > 0.4
+
+
+def test_the_centre_of_a_real_tensor_with_columns(rand):
+    """The same with vectors and noise: a video of 80 columns."""
+    columns = rand(1, 1, 2, 80, 64)
+    k = columns.repeat(1, 1, 400, 1)[:, :, :32000] + 0.3 * rand(2, 1, 2, 32000, 64)
+    mean = k.mean(2, keepdim=True)
+    off = (quantize.key_centre(k) - mean).norm(dim=-1) / (k - mean).square().sum(-1).mean(-1, keepdim=True).sqrt()
+    fixed = (k[:, :, ::16].mean(2, keepdim=True) - mean).norm(dim=-1) / (k - mean).square().sum(-1).mean(-1, keepdim=True).sqrt()
+    assert off.max() < 0.05 < 0.4 < fixed.min()
 
 
 def test_centre_of_large_fp16_values():

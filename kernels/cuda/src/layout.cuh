@@ -10,7 +10,7 @@ constexpr int kBlockQ = 128;
 constexpr int kBlockK = 64;
 constexpr int kPoolQ = 32;                   // query rows of one pool; a query block has four
 constexpr int kPools = kBlockQ / kPoolQ;
-constexpr int kCentreStride = 16;            // tokens 0, 16, 32, ... make the centre of K
+constexpr int kCentreGroup = 16;             // one token of so many makes the centre of K: see sampled_token
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.69314718f;
 constexpr float kVarianceCap = 8.0f;
@@ -32,6 +32,15 @@ DEVICE constexpr int key_at_position(int position) {
   return (position & ~15) | (2 * ((position & 15) >> 2)) | (position & 1) | (((position >> 1) & 1) << 3);
 }
 
+// The token of the caller's order that stands for the 16 from `first` on in the centre of K. Its place within the group changes with the square of the
+// group's number: a fixed place would take the same columns of every video whose width shares a factor with 16, and one that moves with the number
+// itself those of some other width. The factor was found to serve every width (kernels/quantize.py, which says the same in PyTorch, tells how well).
+// Token 0 is always one; the last group's may lie past the end.
+DEVICE constexpr int sampled_token(int first) {
+  const uint32_t group = (uint32_t)first / kCentreGroup;
+  return first + (int)(group * group * 1126333u >> 20 & (kCentreGroup - 1));
+}
+
 // In q8, k8 and v8 the 16-byte chunks of every row are swizzled, so that a plain copy of a block to shared memory is a tile in which eight chunks of
 // neighbouring rows, which a matrix load reads together, lie in different banks. Chunk c of row r lies at chunk_of(bytes of a row, r, c) of that row,
 // and what lies at c is found the same way. Two rows of 64 bytes share a line of all banks, and so their order.
@@ -45,7 +54,7 @@ struct StatisticsParams {
   Strides k_stride, v_stride;
   const uint8_t* key_valid;  // (B, S_k) 0/1, or null. Caller's order
   const float* key_bias;     // (B, S_k) fp32, -inf where masked, relative to its largest value; or null. At most one of the two is given
-  float* k_sum;              // (B, H_kv, splits, E) sum of the valid keys among tokens 0, 16, 32, ...
+  float* k_sum;              // (B, H_kv, splits, E) sum of the valid keys among the sampled tokens
   float* k_count;            // (B, H_kv, splits) how many those were
   uint32_t* v_absmax;        // (B, H_kv, splits, E) bits of the largest |v| over valid keys; integer maximum, so that NaN and infinity survive
   int32_t kv_heads, s_k, dim, splits;

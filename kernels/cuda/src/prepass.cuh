@@ -244,12 +244,13 @@ struct StatisticsShared {
   float count[kWarps];
 };
 
-// Rows first, first + step, ... of a head; nothing of those that are past the end or masked. Returns how many there were.
-DEVICE int load_batch(const StatisticsParams& p, Chunk (&chunk)[kBatch], const char* head, int64_t stride, bool wide, int batch, int first, int step,
-                      int end) {
+// The rows token_at(0), token_at(1), ... of a head; nothing of those that are past the end or masked. Returns how many there were.
+template <class TokenAt>
+DEVICE int load_batch(const StatisticsParams& p, Chunk (&chunk)[kBatch], const char* head, int64_t stride, bool wide, int batch, int end,
+                      TokenAt token_at) {
   int count = 0;
   UNROLL for (int i = 0; i < kBatch; i++) {
-    const int token = first + i * step;
+    const int token = token_at(i);
     chunk[i] = {};
     if (token < end && attends(p, batch, token)) {
       chunk[i] = load_chunk(head + token * stride * kElementBytes, thread_id() % kLanes * kChannels, p.dim, wide);
@@ -270,9 +271,9 @@ KERNEL(sparge_statistics, 256, StatisticsParams) {
 
   float sum[kChannels] = {};
   int count = 0;
-  for (int first = start + slot * kCentreStride; first < end; first += kBatch * kSlots * kCentreStride) {
+  for (int first = start + slot * kCentreGroup; first < end; first += kBatch * kSlots * kCentreGroup) {  // start is a multiple of the group
     Chunk chunk[kBatch];
-    count += load_batch(p, chunk, k, p.k_stride.token, wide_k, batch, first, kSlots * kCentreStride, end);
+    count += load_batch(p, chunk, k, p.k_stride.token, wide_k, batch, end, [&](int i) { return sampled_token(first + i * kSlots * kCentreGroup); });
     UNROLL for (int j = 0; j < kBatch; j++) {
       UNROLL for (int i = 0; i < kChannels; i++) sum[i] += channel_of(chunk[j], i);
     }
@@ -281,7 +282,7 @@ KERNEL(sparge_statistics, 256, StatisticsParams) {
   uint32_t absmax[kChannels] = {};
   for (int first = start + slot; first < end; first += kBatch * kSlots) {
     Chunk chunk[kBatch];
-    load_batch(p, chunk, v, p.v_stride.token, wide_v, batch, first, kSlots, end);
+    load_batch(p, chunk, v, p.v_stride.token, wide_v, batch, end, [&](int i) { return first + i * kSlots; });
     UNROLL for (int j = 0; j < kBatch; j++) {
       UNROLL for (int i = 0; i < kChannels; i++) {
         const uint32_t bits = kInput == kFloat ? chunk[j].word[i] & kMagnitude : chunk[j].word[i / 2] & (i & 1 ? 0x7fff0000u : 0x7fffu);
