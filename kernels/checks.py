@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .backends import NAMES
 from .block_mask import BLOCK_K, BLOCK_Q, BlockMask, num_blocks
+from .cuda import driver
 from .order import OrderPlan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -181,7 +182,8 @@ def block_mask(mask, q: Tensor, k: Tensor) -> Tensor:
     """The bool map (B|1, H|1, N_q, N_k) on q's device."""
     n_q, n_k = num_blocks(q.shape[2], BLOCK_Q), num_blocks(k.shape[2], BLOCK_K)
     if isinstance(mask, BlockMask):
-        dense = mask.to_dense()
+        # A map that is made during the capture of a CUDA graph lies in memory of that graph, and each replay writes over it.
+        dense = mask.on(q.device, keep=not torch.compiler.is_compiling() and not driver.capturing(q.device))
     elif isinstance(mask, Tensor) and mask.dtype == torch.bool:
         dense = mask
     else:

@@ -1,9 +1,13 @@
 """The backend on NVIDIA GPUs: four launches a call (statistics, pre-pass, selection, attention), one workspace, nothing read back. Hopper's own
 attention kernel takes a fifth, which puts the query blocks into order, where their lists may differ in length.
 
-8-bit: INT8 Q and K, P and V as the machine's `pv` says. Memory beyond what is returned, in bytes per element with head_dim rounded up to 64 or 128:
-1.3 for q, 1.2 for k and 1 for v (fp16 V: 2) in their quantised and pooled forms, and the scores of 64 query pools for every multiprocessor twice.
-`compensate` adds 4 per element of q, and fp32 copies of some heads.
+8-bit: INT8 Q and K, P and V as the machine's `pv` says. A call allocates what it returns and the workspace, which holds, in bytes per element with
+head_dim rounded up to 64 or 128: 1.3 for q, 1.2 for k and 1 for v (fp16 V: 2) in their quantised and pooled forms, and the scores of 64 query pools
+for every multiprocessor twice. What the kernels cannot read as it is given (a float key mask, a strided block map) has its copy there. `compensate`
+adds 4 bytes per element of q, and two buffers for fp32 heads, each of 256 MB at most or of one kv head with its queries.
+
+Nothing is kept on the device between calls, so that a call can be captured into a CUDA graph: its memory is then the graph's. What a kind of call
+(dtype, head_dim up to 64 or 128, with a key mask or without) needs is loaded by the first one; during a capture that one is declined instead.
 """
 
 from __future__ import annotations
@@ -196,15 +200,13 @@ class Machine:
 class _Work:
     """One call: its buffers, and its launches in order.
 
-    The kernels may still run when it is gone: PyTorch hands freed memory out again in the order of the stream.
+    The kernels may still run when it is gone: PyTorch hands freed memory out again in the order of the stream, and the driver has copied the structs.
     """
 
     def __init__(self, machine, call, q, k, v, rule, block_map, key_mask, *, attend: bool):
         self.machine, self.call, self.rule, self.block_map, self.stream = machine, call, rule, block_map, machine.stream()
-        given = prepare.given(call, rule, block_map, key_mask)
-        unreadable = {name: x for name, x in given.items() if not prepare.readable(name, x)}
-        self.read = {"q": q, "k": k, "v": v, "perm": call.perm, **{name: x for name, x in given.items() if name not in unreadable}}
-        self.key_mask = key_mask
+        readable, unreadable = prepare.given(call, rule, block_map, key_mask)
+        self.read, self.key_mask = {"q": q, "k": k, "v": v, "perm": call.perm, **readable}, key_mask
         shape, dtype = blocks_form(call, rule)
         judged = rule is not None and _judged(rule)
         pv = machine.pv
@@ -218,7 +220,7 @@ class _Work:
                 v.stride(), call.causal, call.causal_offset, rule is not None and rule.score == "subblock", call.smooth_k, judged, call.compensate,
                 call.want_lse, key_mask is not None, drawn, sequenced, machine.processors,
             ),
-            prepare.copies(call, unreadable, key_mask),
+            prepare.buffers(call, unreadable, key_mask) + (() if attend else (("skips", (call.batch, call.heads, 2), "int32"),)),
         )  # fmt: skip
         device = q.device
         self.space = _empty((self.layout.nbytes,), torch.uint8, device)
@@ -226,7 +228,7 @@ class _Work:
         self.lists = _empty(shape, dtype, device)
         self.counts = _empty(shape[:3], torch.int32, device)
         self.visible = _empty((call.batch, 1, shape[2]), torch.int32, device)
-        self.skips = _empty((call.batch, call.heads, 2), torch.int32, device)
+        self.skips = _empty((call.batch, call.heads, 2), torch.int32, device) if attend else self._buffer("skips")
         prepare.fill(call, unreadable, key_mask, self._buffer)
 
     def select(self) -> None:
@@ -241,18 +243,13 @@ class _Work:
         p.lists, p.counts, p.visible, p.skips = self.lists.data_ptr(), self.counts.data_ptr(), self.visible.data_ptr(), self.skips.data_ptr()
         p.scale, p.topk, p.cdf, p.sim = self.call.scale, -1.0, -1.0, -1.0
         if self.block_map is not None:
-            self._set_map(p)
+            block_map = self.read["block_map"] if "block_map" in self.read else self._buffer("block_map")
+            p.map_batch, p.map_head = (stride * (size > 1) for size, stride in zip(block_map.shape[:2], block_map.stride()[:2], strict=True))
         else:
             for name, value in (("topk", self.rule.topk), ("cdf", self.rule.cdf), ("sim", self.rule.sim)):
                 if value is not None and not isinstance(value, Tensor):
                     setattr(p, name, value)
         self._launch(selection, "sparge_select", p, self.layout.select_shared)
-
-    def _set_map(self, p) -> None:
-        """The strides of the block map over batch and heads."""
-        batch, heads, n_q, n_k = self.block_map.shape
-        by_batch, by_head = self.block_map.stride()[:2] if "block_map" in self.read else (heads * n_q * n_k, n_q * n_k)
-        p.map_batch, p.map_head = (batch > 1) * by_batch, (heads > 1) * by_head
 
     def attend(self) -> tuple[Tensor, Tensor]:
         call, q = self.call, self.read["q"]
@@ -282,7 +279,7 @@ class _Work:
         return self.space[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
     def _params(self, symbol: str):
-        """The struct of a kernel with everything set but scalars of the call, and its results."""
+        """The struct of a kernel with all that `Layout.params` sets, and what it reads of the caller's."""
         params = self.layout.params(symbol, self.base)
         for name, x in self.read.items():
             if x is not None and hasattr(params, name):

@@ -216,11 +216,11 @@ def current_stream(device: int) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def capturing(device: int) -> bool:
-    """Whether the stream that torch works on now is being captured into a CUDA graph, which loading a kernel would break."""
+def capturing(device) -> bool:
+    """Whether the stream that torch works on now, on a device or the GPU of that number, is being captured into a CUDA graph."""
     import torch
 
-    if not torch.cuda.is_initialized():
+    if getattr(device, "type", "cuda") != "cuda" or not torch.cuda.is_initialized():
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()

@@ -47,11 +47,12 @@ class NoBinary(RuntimeError):
 
 
 class NotNow(RuntimeError):
-    """A CUDA graph is being captured, and what is asked for would have to be loaded first. Nothing remembers it: after the capture it is loaded."""
+    """What is asked for would have to be loaded during the capture of a CUDA graph. Nothing remembers it: after the capture it is loaded."""
 
     def __init__(self):
         super().__init__(
-            "its kernels are not loaded yet and a CUDA graph is being captured, which must not be interrupted; run the same call once before the capture"
+            "its kernels are not loaded yet and a CUDA graph is being captured, which must not be interrupted; "
+            "run the same call once before the capture"
         )
 
 

@@ -18,43 +18,39 @@ from .workspace import Row
 
 View = Callable[[str], Tensor]
 
-_BOOL, _FLOAT = "bool", "float32"
 
-
-def given(call, rule: Rule | None, block_map: Tensor | None, key_mask: Tensor | None) -> dict[str, Tensor]:
-    """The caller's tensors that hold bools or a number per head, by the field through which a kernel reads them."""
+def given(call, rule: Rule | None, block_map: Tensor | None, key_mask: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The caller's tensors of bools or of a number per head, by field of the structs: those that kernels can read where they lie, and the others."""
     numbers = {"pv_heads": call.pvthreshd}
     if rule is not None:
         numbers |= {"topk_heads": rule.topk, "cdf_heads": rule.cdf, "sim_heads": rule.sim}
     found = {name: value for name, value in numbers.items() if isinstance(value, Tensor)}
+    readable = {name: x for name, x in found.items() if x.dtype == torch.float32 and x.is_contiguous()}
     if block_map is not None:
         found["block_map"] = block_map
+        if block_map.stride()[2:] == (block_map.shape[3], 1):  # over batch and heads any strides do
+            readable["block_map"] = block_map
     if key_mask is not None and key_mask.dtype == torch.bool:
         found["key_valid"] = key_mask
-    return found
+        if key_mask.is_contiguous():
+            readable["key_valid"] = key_mask
+    return readable, {name: x for name, x in found.items() if name not in readable}
 
 
-def readable(name: str, x: Tensor) -> bool:
-    """Whether a kernel can read a tensor of `given` where it lies: of a block map it knows the strides of batch and head alone."""
-    if name == "block_map":
-        return x.stride()[2:] == (x.shape[3], 1)
-    return x.is_contiguous() and (name == "key_valid" or x.dtype == torch.float32)
-
-
-def copies(call, unreadable: dict[str, Tensor], key_mask: Tensor | None) -> tuple[Row, ...]:
-    """The buffers for what the kernels read in another form than the caller's."""
-    rows = [(name, tuple(x.shape), _BOOL if name in ("block_map", "key_valid") else _FLOAT) for name, x in unreadable.items()]
+def buffers(call, unreadable: dict[str, Tensor], key_mask: Tensor | None) -> tuple[Row, ...]:
+    """The buffers for what the kernels read in another form than the caller's: copies, the key bias, the forced blocks."""
+    rows = [(name, tuple(x.shape), "bool" if name in ("block_map", "key_valid") else "float32") for name, x in unreadable.items()]
     if key_mask is not None and key_mask.dtype != torch.bool:
         shape = (call.batch, call.s_k)
-        rows += [("key_bias", shape, _FLOAT), ("hidden", shape, _BOOL), ("top", shape[:1], _FLOAT)]
-    rows += [(name, (num_blocks(length, block),), _BOOL) for name, _, length, block in _forced(call)]
+        rows += [("key_bias", shape, "float32"), ("hidden", shape, "bool"), ("top", shape[:1], "float32")]
+    rows += [(name, (num_blocks(length, block),), "bool") for name, _, length, block in _forced(call)]
     if call.perm is not None and (call.keep_q or call.keep_k):
-        rows += [("tokens", (call.s_q,), _BOOL), ("tokens_in_order", (num_blocks(call.s_q, BLOCK_Q) * BLOCK_Q,), _BOOL)]
+        rows += [("tokens", (call.s_q,), "bool"), ("tokens_in_order", (num_blocks(call.s_q, BLOCK_Q) * BLOCK_Q,), "bool")]
     return tuple(rows)
 
 
 def fill(call, unreadable: dict[str, Tensor], key_mask: Tensor | None, view: View) -> None:
-    """Writes the buffers of `copies`."""
+    """Writes what `buffers` asks for."""
     for name, x in unreadable.items():
         view(name).copy_(x)
     if key_mask is not None and key_mask.dtype != torch.bool:

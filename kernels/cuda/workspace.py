@@ -111,8 +111,8 @@ def capacity(s_k: int, *, topk: float | None, only_topk: bool, causal: bool, kee
 
 
 @lru_cache(maxsize=256)
-def plan(problem: Problem, copies: tuple[Row, ...] = ()) -> Layout:
-    """Cuts the work and carves the workspace; `copies`: buffers for what the kernels cannot read as the caller gave it (see prepare.py)."""
+def plan(problem: Problem, more: tuple[Row, ...] = ()) -> Layout:
+    """Cuts the work and carves the workspace; `more`: buffers that hang on how the caller's tensors lie (see prepare.py)."""
     p = problem
     width = config.padded_dim(p.dim)
     n_q, n_k = num_blocks(p.s_q, BLOCK_Q), num_blocks(p.s_k, BLOCK_K)
@@ -148,7 +148,7 @@ def plan(problem: Problem, copies: tuple[Row, ...] = ()) -> Layout:
         wanted["counter"] = ((1,), "int32")
     if p.sequenced:
         wanted["sequence"] = ((*q, n_q), "int16")
-    wanted |= {name: (shape, dtype) for name, shape, dtype in copies}
+    wanted |= {name: (shape, dtype) for name, shape, dtype in more}
     buffers, end = {}, 0
     for name, (shape, dtype) in wanted.items():
         buffers[name] = (end, shape, dtype)
