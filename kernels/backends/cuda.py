@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import config, environment
 from ..block_mask import BLOCK_K, BLOCK_Q, num_blocks
 from ..cuda import driver, loader, prepare, workspace
+from ..cuda.params import FIELDS
 from ..selection import Rule
 
 quantised = True
@@ -206,7 +207,10 @@ class _Work:
     def __init__(self, machine, call, q, k, v, rule, block_map, key_mask, *, attend: bool):
         self.machine, self.call, self.rule, self.block_map, self.stream = machine, call, rule, block_map, machine.stream()
         readable, unreadable = prepare.given(call, rule, block_map, key_mask)
-        self.read, self.key_mask = {"q": q, "k": k, "v": v, "perm": call.perm, **readable}, key_mask
+        self.q, self.k, self.v, self.key_mask = q, k, v, key_mask
+        self.read = {"q": q.data_ptr(), "k": k.data_ptr(), "v": v.data_ptr(), **{name: x.data_ptr() for name, x in readable.items()}}
+        if call.perm is not None:
+            self.read["perm"] = call.perm.data_ptr()
         shape, dtype = blocks_form(call, rule)
         judged = rule is not None and _judged(rule)
         pv = machine.pv
@@ -243,7 +247,7 @@ class _Work:
         p.lists, p.counts, p.visible, p.skips = self.lists.data_ptr(), self.counts.data_ptr(), self.visible.data_ptr(), self.skips.data_ptr()
         p.scale, p.topk, p.cdf, p.sim = self.call.scale, -1.0, -1.0, -1.0
         if self.block_map is not None:
-            block_map = self.read["block_map"] if "block_map" in self.read else self._buffer("block_map")
+            block_map = self.block_map if "block_map" in self.read else self._buffer("block_map")
             p.map_batch, p.map_head = (stride * (size > 1) for size, stride in zip(block_map.shape[:2], block_map.stride()[:2], strict=True))
         else:
             for name, value in (("topk", self.rule.topk), ("cdf", self.rule.cdf), ("sim", self.rule.sim)):
@@ -252,11 +256,11 @@ class _Work:
         self._launch(selection, "sparge_select", p, self.layout.select_shared)
 
     def attend(self) -> tuple[Tensor, Tensor]:
-        call, q = self.call, self.read["q"]
+        call, q = self.call, self.q
         out = _empty_like(q)
         lse = _empty((call.batch, call.heads, call.s_q) if call.want_lse else (0,), torch.float32, q.device)
         if "row_shift" in self.layout.buffers:
-            prepare.row_shift(call, q, self.read["k"], self.read["v"], self.key_mask, self._buffer)
+            prepare.row_shift(call, q, self.k, self.v, self.key_mask, self._buffer)
         _, selection, attention = self.variants
         if "sequence" in self.layout.buffers:
             p = self._params("sparge_sequence")
@@ -280,10 +284,10 @@ class _Work:
 
     def _params(self, symbol: str):
         """The struct of a kernel with all that `Layout.params` sets, and what it reads of the caller's."""
-        params = self.layout.params(symbol, self.base)
-        for name, x in self.read.items():
-            if x is not None and hasattr(params, name):
-                setattr(params, name, x.data_ptr())
+        params, fields = self.layout.params(symbol, self.base), FIELDS[symbol]
+        for name, address in self.read.items():
+            if name in fields:
+                setattr(params, name, address)
         return params
 
     def _launch(self, variant: config.Variant, symbol: str, params, shared: int) -> None:

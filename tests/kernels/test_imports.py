@@ -35,7 +35,7 @@ ALLOWED = {
     "cuda.prepare": {"selection", "cuda.workspace"},
     "backends": {"backends.cuda", "backends.triton", "backends.torch"},
     "backends.torch": {"selection", "quantize", "order", "compensation"},
-    "backends.cuda": {"config", "environment", "cuda.driver", "cuda.loader", "cuda.prepare", "cuda.workspace", "selection"},
+    "backends.cuda": {"config", "environment", "cuda.driver", "cuda.loader", "cuda.params", "cuda.prepare", "cuda.workspace", "selection"},
     "cuda.nvrtc": set(),
     "cuda.driver": set(),
     "cuda.loader": {"cuda.nvrtc", "cuda.driver", "environment", "config"},
