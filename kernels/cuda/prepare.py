@@ -1,7 +1,8 @@
-"""What PyTorch's own operators do in a call of the CUDA backend: they write into the workspace, in place or through `out`, and allocate nothing.
+"""What PyTorch's own operators do in a call of the CUDA backend: they write into the workspace, in place or through `out`, and return nothing new.
 
 `view(name)` is a buffer of the workspace everywhere here. An operator that converts while it computes (mixed dtypes) or that multiplies matrices of
 more than three dimensions may take memory of its own, so each does one thing at a time. Numbers reach them as Python numbers, never as new tensors.
+On a GPU PyTorch still has cuBLAS's workspace, which it keeps, and room for the partial results of a long reduction.
 """
 
 from __future__ import annotations

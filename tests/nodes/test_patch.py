@@ -270,6 +270,19 @@ def test_a_gpu_takes_what_its_kernels_can(nodes, monkeypatch):
     nodes._kernels._chosen.cache_clear()
 
 
+def test_a_refusal_that_ends_is_not_remembered(nodes, monkeypatch):
+    """Kernels cannot be loaded while a CUDA graph is captured; after it they are."""
+    missing = ["a CUDA graph is being captured"]
+    machine = SimpleNamespace(arch="sm_86", pv="int8", missing=lambda variants: missing[0])
+    nodes._kernels._chosen.cache_clear()
+    monkeypatch.setattr(nodes._kernels.TABLE["cuda"], "machine_of", lambda device: (machine, None))
+    backend, why = nodes._kernels.backend_for("cuda", "auto")
+    assert backend is None and why.startswith("cuda: a CUDA graph is being captured; torch: ")
+    missing[0] = None
+    assert nodes._kernels.backend_for("cuda", "auto") == ("cuda", None)
+    nodes._kernels._chosen.cache_clear()
+
+
 def test_run_is_logged_in_one_line(nodes, tiny, patched, caplog):
     model = tiny("wan_t2v")
     with caplog.at_level("INFO", "sparge_attention"):
