@@ -217,7 +217,7 @@ def block_sparse_attention(
     ----------
     block_mask : BlockMask, or bool (B|1, H|1, N_q, N_k)
         N_q = ceil(S_q / 128), N_k = ceil(S_k / 64); in plan order when `order` is given. Blocks outside what causal and key_mask leave visible
-        are dropped; nothing is added. Rows with no kept block give zeros and lse = -inf.
+        are dropped; nothing is added. Rows with no kept block give zeros and lse = -inf. A BlockMask keeps its map on q's device for later calls.
 
     The other parameters, the returns and the errors are those of `sparse_attention`.
     """

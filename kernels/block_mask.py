@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,6 +44,7 @@ class BlockMask:
     indptr: Tensor
     indices: Tensor
     visible: Tensor | None = None
+    _maps: dict = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def from_dense(cls, kept: Tensor, visible: Tensor | None = None) -> BlockMask:
@@ -66,6 +67,15 @@ class BlockMask:
         row_of = torch.repeat_interleave(torch.arange(rows, device=kept.device), self.indptr.diff().long(), output_size=self.indices.numel())
         kept[row_of, self.indices.long()] = True
         return kept.view(self.shape)
+
+    def on(self, device: torch.device, keep: bool = True) -> Tensor:
+        """`to_dense()` on `device`; where `keep`, made once per device and kept with the mask, which takes a byte per entry."""
+        if device in self._maps:
+            return self._maps[device]
+        made = self.to_dense().to(device)
+        if keep:
+            self._maps[device] = made
+        return made
 
     @property
     def density(self) -> Tensor:

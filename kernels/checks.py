@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .backends import NAMES
 from .block_mask import BLOCK_K, BLOCK_Q, BlockMask, num_blocks
+from .cuda import driver
 from .order import OrderPlan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -50,7 +51,7 @@ def tensors(q: Tensor, k: Tensor, v: Tensor | None, layout: str) -> tuple[Tensor
     if layout == "NHD":
         named = {name: x.transpose(1, 2) for name, x in named.items()}
     q, k, v = named["q"], named["k"], named.get("v")
-    if q.shape[3] > 1 and any(size > 1 and stride <= 1 for size, stride in zip(q.shape[:3], q.stride()[:3], strict=True)):
+    if q.shape[3] > 1 and any(size > 1 and stride == 1 for size, stride in zip(q.shape[:3], q.stride()[:3], strict=True)):
         q = q.contiguous()  # overlapping rows: the output, made like q, would not be contiguous in its last dimension
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(f"k must have q's batch and head_dim, got {_axes(q)} for q and {_axes(k)} for k; pass tensors of one call")
@@ -77,9 +78,9 @@ def number(name: str, value, low: float, high: float, heads: int, *, low_open: b
                 f"{name} as a tensor must hold one value per head, shape ({heads},), got shape {tuple(value.shape)}; use one number for all heads"
             )
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
-            inside = (value > low if low_open else value >= low) & (value <= high) & value.isfinite()
-            if not bool(inside.all()):
-                raise ValueError(f"{name} must be in {rule}, got {value[~inside][0].item()} for head {int((~inside).nonzero()[0])}; {remedy}")
+            for head, x in enumerate(value.tolist()):
+                if not ((x > low if low_open else x >= low) and x <= high and math.isfinite(x)):
+                    raise ValueError(f"{name} must be in {rule}, got {x} for head {head}; {remedy}")
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number or a 1-D tensor of one value per head, got {value!r}")
@@ -181,7 +182,8 @@ def block_mask(mask, q: Tensor, k: Tensor) -> Tensor:
     """The bool map (B|1, H|1, N_q, N_k) on q's device."""
     n_q, n_k = num_blocks(q.shape[2], BLOCK_Q), num_blocks(k.shape[2], BLOCK_K)
     if isinstance(mask, BlockMask):
-        dense = mask.to_dense()
+        # A map that is made during the capture of a CUDA graph lies in memory of that graph, and each replay writes over it.
+        dense = mask.on(q.device, keep=not torch.compiler.is_compiling() and not driver.capturing(q.device))
     elif isinstance(mask, Tensor) and mask.dtype == torch.bool:
         dense = mask
     else:

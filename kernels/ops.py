@@ -92,9 +92,7 @@ def _call(q, k, backend, scale, causal, causal_offset, smooth_k, pvthreshd, comp
 
 
 def _rule(topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads) -> Rule:
-    return Rule(
-        *(plain if heads is None else heads.to(torch.float32) for plain, heads in ((topk, topk_heads), (cdf, cdf_heads), (sim, sim_heads))), score
-    )
+    return Rule(*(plain if heads is None else heads for plain, heads in ((topk, topk_heads), (cdf, cdf_heads), (sim, sim_heads))), score)
 
 
 def _select_fake(q, k, topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads, key_mask, causal, causal_offset, scale, smooth_k, keep_q, keep_k,

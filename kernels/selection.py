@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ _CHUNKS = 16  # and at most this share of q
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """What to keep; each value is a number, or a per-head fp32 tensor (H,).
+    """What to keep; each value is a number, or a per-head tensor (H,) of any dtype, which counts as fp32.
 
     `topk` and `cdf` None = not used; both given: the union. `sim` < 0 = judge off.
     """
@@ -59,13 +60,19 @@ class Keys:
         if key_mask.dtype == torch.bool:
             return cls(key_mask, key_mask.float(), torch.zeros(key_mask.shape[0], device=key_mask.device))
         bias = key_mask.float()
-        valid = key_mask > torch.full((), MASKED_BIAS, dtype=key_mask.dtype, device=key_mask.device)  # -1e4 itself is -9984 in bfloat16
+        valid = key_mask > masked_bias(key_mask.dtype)
         top = torch.where(valid, bias, -math.inf).amax(-1)
         top = torch.where(top > -math.inf, top, 0)
         return cls(valid, torch.where(valid, (bias - top[:, None]).exp(), 0), top)
 
     def on_plan(self, perm: Tensor | None) -> Keys:
         return self if perm is None else Keys(self.valid[:, perm], self.weight[:, perm], self.top)
+
+
+@lru_cache(maxsize=8)
+def masked_bias(dtype: torch.dtype) -> float:
+    """MASKED_BIAS as `dtype` has it: -9984 in bfloat16."""
+    return torch.tensor(MASKED_BIAS, dtype=dtype, device="cpu").item()
 
 
 def visibility(
@@ -214,15 +221,27 @@ def _blocks(x: Tensor, block: int, dim: int = -1) -> Tensor:
 
 def touched(ranges: tuple[int, ...], length: int, block: int, perm: Tensor | None, device: torch.device) -> Tensor:
     """bool (N,): blocks, in plan order, that hold a token of one of the ranges."""
+    blocks = num_blocks(length, block)
+    found = torch.empty(blocks, dtype=torch.bool, device=device)
+    tokens, placed = (None, None) if perm is None else (torch.empty(n, dtype=torch.bool, device=device) for n in (length, blocks * block))
+    touch(found, ranges, block, perm, tokens, placed)
+    return found
+
+
+def touch(found: Tensor, ranges: tuple[int, ...], block: int, perm: Tensor | None, tokens: Tensor | None, placed: Tensor | None) -> None:
+    """Writes what `touched` returns into `found`; `tokens` (S,) and `placed` (at least N * block,), bool, are written over where there is a plan."""
     if perm is None:
-        found = torch.zeros(num_blocks(length, block), dtype=torch.bool, device=device)
+        found.zero_()
         for start, end in zip(ranges[::2], ranges[1::2], strict=True):
             found[start // block : num_blocks(end, block) if end > start else 0].fill_(True)
-        return found
-    token = torch.zeros(length, dtype=torch.bool, device=device)
+        return
+    tokens.zero_()
     for start, end in zip(ranges[::2], ranges[1::2], strict=True):
-        token[start:end].fill_(True)
-    return _blocks(token[perm], block).any(-1)
+        tokens[start:end].fill_(True)
+    placed = placed[: found.numel() * block]
+    placed[tokens.numel() :].zero_()
+    torch.index_select(tokens, 0, perm, out=placed[: tokens.numel()])
+    torch.any(placed.view(-1, block), -1, out=found)
 
 
 def _log_count(keys: Keys | None, batch: int, s_k: int, n_q: int, causal: bool, offset: int, s_q: int, device: torch.device) -> Tensor:
@@ -327,4 +346,4 @@ def _softmax(s: Tensor) -> Tensor:
 
 
 def _of_heads(value: float | Tensor | None, heads: slice) -> float | Tensor | None:
-    return value[heads] if isinstance(value, Tensor) else value
+    return value[heads].to(torch.float32) if isinstance(value, Tensor) else value

@@ -32,13 +32,17 @@ class Density:
     block_mask: BlockMask | None = None
 
 
-@lru_cache(maxsize=64)
 def backend_for(device: torch.device | str, wanted: str, dim: int = 64, dtype: torch.dtype = torch.float16, masked: bool = False):
-    """(backend name, None), or (None, why no backend runs calls like this on the device)."""
+    """(backend name, None), or (None, why no backend runs calls like this on the device). A refusal is asked for anew: some end with their cause."""
     try:
-        return choose(Call(torch.device(device), wanted, dim=dim, dtype=dtype, masked=masked)), None
+        return _chosen(torch.device(device), wanted, dim, dtype, masked), None
     except UnsupportedCall as refusal:
         return None, "; ".join(f"{name}: {why}" for name, why in refusal.reasons.items())
+
+
+@lru_cache(maxsize=64)
+def _chosen(device: torch.device, wanted: str, dim: int, dtype: torch.dtype, masked: bool) -> str:
+    return choose(Call(device, wanted, dim=dim, dtype=dtype, masked=masked))
 
 
 def backend_facts(name: str):

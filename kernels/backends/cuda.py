@@ -1,13 +1,18 @@
 """The backend on NVIDIA GPUs: four launches a call (statistics, pre-pass, selection, attention), one workspace, nothing read back. Hopper's own
 attention kernel takes a fifth, which puts the query blocks into order, where their lists may differ in length.
 
-8-bit: INT8 Q and K, P and V as the machine's `pv` says. Memory beyond what is returned, in bytes per element with head_dim rounded up to 64 or 128:
-1.3 for q, 1.2 for k and 1 for v (fp16 V: 2) in their quantised and pooled forms, and the scores of 64 query pools for every multiprocessor twice.
-`compensate` adds 4 per element of q, and fp32 copies of some heads.
+8-bit: INT8 Q and K, P and V as the machine's `pv` says. A call allocates what it returns and the workspace, which holds, in bytes per element with
+head_dim rounded up to 64 or 128: 1.3 for q, 1.2 for k and 1 for v (fp16 V: 2) in their quantised and pooled forms, and the scores of 64 query pools
+for every multiprocessor twice. What the kernels cannot read as it is given (a float key mask, a strided block map) has its copy there. `compensate`
+adds 4 bytes per element of q, and two buffers for fp32 heads, each of 256 MB at most or of one kv head with its queries.
+
+Nothing is kept on the device between calls, so that a call can be captured into a CUDA graph: its memory is then the graph's. What a kind of call
+(dtype, head_dim up to 64 or 128, with a key mask or without) needs is loaded by the first one; during a capture that one is declined instead.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -15,15 +20,15 @@ from torch import Tensor
 
 from .. import config, environment
 from ..block_mask import BLOCK_K, BLOCK_Q, num_blocks
-from ..cuda import driver, loader, workspace
-from ..selection import Keys, Rule, touched
+from ..cuda import driver, loader, prepare, workspace
+from ..cuda.params import FIELDS
+from ..selection import Rule
 
 quantised = True
 skips_pv = True
 
 _LARGEST_DIM = config.DIMS[-1]
 _MOST_BLOCKS = 1 << 16  # what 16 bits can name
-_CHUNK_ELEMENTS = 1 << 26  # fp32 elements of k, v or q that compensation converts at a time, or one head's
 _DTYPES = {getattr(torch, name): name for name in config.DTYPES}
 
 TOLERANCE = {"int8": 0.03, "fp8": 0.05, "fp16": 0.03}
@@ -122,11 +127,16 @@ def machine_of(device: torch.device) -> tuple[Machine | None, str | None]:
         return None, "this PyTorch is built for AMD GPUs, it needs an NVIDIA GPU"
     if not torch.cuda.is_available():
         return None, "PyTorch finds no NVIDIA GPU"
-    return _machine(torch.cuda.current_device() if device.index is None else device.index)
+    try:
+        return _machine(torch.cuda.current_device() if device.index is None else device.index)
+    except loader.NotNow as error:
+        return None, str(error)
 
 
 @lru_cache(maxsize=16)
 def _machine(index: int) -> tuple[Machine | None, str | None]:
+    if driver.capturing(index):
+        raise loader.NotNow  # and no answer, which the cache would keep
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         name = torch.cuda.get_device_name(index)
@@ -191,12 +201,16 @@ class Machine:
 class _Work:
     """One call: its buffers, and its launches in order.
 
-    The kernels may still run when it is gone: PyTorch hands freed memory out again in the order of the stream.
+    The kernels may still run when it is gone: PyTorch hands freed memory out again in the order of the stream, and the driver has copied the structs.
     """
 
     def __init__(self, machine, call, q, k, v, rule, block_map, key_mask, *, attend: bool):
         self.machine, self.call, self.rule, self.block_map, self.stream = machine, call, rule, block_map, machine.stream()
-        self.q, self.k, self.v = q, k, v
+        readable, unreadable = prepare.given(call, rule, block_map, key_mask)
+        self.q, self.k, self.v, self.key_mask = q, k, v, key_mask
+        self.read = {"q": q.data_ptr(), "k": k.data_ptr(), "v": v.data_ptr(), **{name: x.data_ptr() for name, x in readable.items()}}
+        if call.perm is not None:
+            self.read["perm"] = call.perm.data_ptr()
         shape, dtype = blocks_form(call, rule)
         judged = rule is not None and _judged(rule)
         pv = machine.pv
@@ -209,7 +223,8 @@ class _Work:
                 call.batch, call.heads, call.kv_heads, call.s_q, call.s_k, call.dim, _DTYPES[call.dtype], pv, shape[-1], q.stride(), k.stride(),
                 v.stride(), call.causal, call.causal_offset, rule is not None and rule.score == "subblock", call.smooth_k, judged, call.compensate,
                 call.want_lse, key_mask is not None, drawn, sequenced, machine.processors,
-            )
+            ),
+            prepare.buffers(call, unreadable, key_mask) + (() if attend else (("skips", (call.batch, call.heads, 2), "int32"),)),
         )  # fmt: skip
         device = q.device
         self.space = _empty((self.layout.nbytes,), torch.uint8, device)
@@ -217,63 +232,35 @@ class _Work:
         self.lists = _empty(shape, dtype, device)
         self.counts = _empty(shape[:3], torch.int32, device)
         self.visible = _empty((call.batch, 1, shape[2]), torch.int32, device)
-        self.skips = _empty((call.batch, call.heads, 2), torch.int32, device)
-        self.key_valid = self.key_bias = self.top = None
-        if key_mask is not None and key_mask.dtype == torch.bool:
-            self.key_valid = key_mask.contiguous()
-        elif key_mask is not None:
-            keys = Keys.from_mask(key_mask)
-            self.top = keys.top
-            self.key_bias = torch.where(keys.valid, key_mask.float() - keys.top[:, None], -torch.inf).contiguous()
+        self.skips = _empty((call.batch, call.heads, 2), torch.int32, device) if attend else self._buffer("skips")
+        prepare.fill(call, unreadable, key_mask, self._buffer)
 
     def select(self) -> None:
-        call, k, v = self.call, self.k, self.v
         prepass, selection, _ = self.variants
-        valid, bias = _pointer(self.key_valid), _pointer(self.key_bias)
-        p = self._params("sparge_statistics")
-        p.k, p.v, p.key_valid, p.key_bias = k.data_ptr(), v.data_ptr(), valid, bias
-        self._launch(prepass, "sparge_statistics", p, prepass.shared)
+        self._launch(prepass, "sparge_statistics", self._params("sparge_statistics"), prepass.shared)
 
         p = self._params("sparge_prepass")
-        p.q, p.k, p.v, p.key_valid, p.key_bias = self.q.data_ptr(), k.data_ptr(), v.data_ptr(), valid, bias
-        p.perm, p.scale = _pointer(call.perm), call.scale
+        p.scale = self.call.scale
         self._launch(prepass, "sparge_prepass", p, prepass.shared)
 
         p = self._params("sparge_select")
         p.lists, p.counts, p.visible, p.skips = self.lists.data_ptr(), self.counts.data_ptr(), self.visible.data_ptr(), self.skips.data_ptr()
-        p.scale, p.topk, p.cdf, p.sim = call.scale, -1.0, -1.0, -1.0
-        held = []
+        p.scale, p.topk, p.cdf, p.sim = self.call.scale, -1.0, -1.0, -1.0
         if self.block_map is not None:
-            batch, heads, n_q, n_k = self.block_map.shape
-            block_map = self.block_map.contiguous()
-            held.append(block_map)
-            p.block_map, p.map_batch, p.map_head = block_map.data_ptr(), (batch > 1) * heads * n_q * n_k, (heads > 1) * n_q * n_k
+            block_map = self.block_map if "block_map" in self.read else self._buffer("block_map")
+            p.map_batch, p.map_head = (stride * (size > 1) for size, stride in zip(block_map.shape[:2], block_map.stride()[:2], strict=True))
         else:
-            held += self._set_rule(p)
+            for name, value in (("topk", self.rule.topk), ("cdf", self.rule.cdf), ("sim", self.rule.sim)):
+                if value is not None and not isinstance(value, Tensor):
+                    setattr(p, name, value)
         self._launch(selection, "sparge_select", p, self.layout.select_shared)
-
-    def _set_rule(self, p) -> list[Tensor]:
-        """The rule's numbers and per-head tensors, and what is forced; the tensors must outlive the launch."""
-        call, held = self.call, []
-        for name, value in (("topk", self.rule.topk), ("cdf", self.rule.cdf), ("sim", self.rule.sim)):
-            if isinstance(value, Tensor):
-                held.append(value.contiguous())
-                setattr(p, name + "_heads", held[-1].data_ptr())
-            elif value is not None:
-                setattr(p, name, value)
-        for name, ranges, length, block in (("forced_q", call.keep_q, call.s_q, BLOCK_Q), ("forced_k", call.keep_k, call.s_k, BLOCK_K)):
-            if ranges:
-                # Made anew each time: what is kept over calls may come from the memory of a CUDA graph, which is the graph's own.
-                held.append(touched(ranges, length, block, call.perm, call.device))
-                setattr(p, name, held[-1].data_ptr())
-        return held
 
     def attend(self) -> tuple[Tensor, Tensor]:
         call, q = self.call, self.q
         out = _empty_like(q)
         lse = _empty((call.batch, call.heads, call.s_q) if call.want_lse else (0,), torch.float32, q.device)
-        shift = self._row_shift() if call.compensate and not call.causal else None
-        pv_heads = call.pvthreshd.to(torch.float32).contiguous() if isinstance(call.pvthreshd, Tensor) else None
+        if "row_shift" in self.layout.buffers:
+            prepare.row_shift(call, q, self.k, self.v, self.key_mask, self._buffer)
         _, selection, attention = self.variants
         if "sequence" in self.layout.buffers:
             p = self._params("sparge_sequence")
@@ -283,46 +270,25 @@ class _Work:
         p = self._params(symbol)
         p.lists, p.counts, p.skips, p.out = self.lists.data_ptr(), self.counts.data_ptr(), self.skips.data_ptr(), out.data_ptr()
         p.out_stride.batch, p.out_stride.head, p.out_stride.token = out.stride()[:3]
-        p.perm, p.top, p.row_shift, p.pv_heads = _pointer(call.perm), _pointer(self.top), _pointer(shift), _pointer(pv_heads)
         if call.want_lse:
             p.lse = lse.data_ptr()
-        if pv_heads is None:
+        if not isinstance(call.pvthreshd, Tensor):
             p.pvthreshd = call.pvthreshd
         self._launch(attention, symbol, p, attention.shared)
         return out, lse
 
-    def _row_shift(self) -> Tensor:
-        """scale * C q per row, fp32 (B, H, S_q, D), with C the mean covariance of v and k inside the key blocks (see compensation.py)."""
-        call, dim = self.call, self.call.dim
-        centre = 0.0
-        if call.smooth_k:
-            centre = (self._buffer("k_sum").sum(2) / self._buffer("k_count").sum(2).clamp_min(1)[..., None])[:, :, None, :dim]
-        k_mean = (self._buffer("k_mean").float().sum(3) * self._buffer("k_pool_scale")[..., :1])[..., :dim]
-        n = self._buffer("k_weight")[:, None, :, None]
-        weight = None
-        if self.key_valid is not None:
-            weight = self.key_valid[:, None, :, None].float()
-        elif self.key_bias is not None:
-            weight = self.key_bias[:, None, :, None].exp()
-        shift = _empty((call.batch, call.heads, call.s_q, dim), torch.float32, self.q.device)
-        group = call.heads // call.kv_heads
-        step = max(1, _CHUNK_ELEMENTS // (call.batch * max(call.s_k, call.s_q * group) * dim))
-        for g in range(0, call.kv_heads, step):
-            kv, hs = slice(g, g + step), slice(g * group, (g + step) * group)
-            k, v = self.k[:, kv].float() - (centre[:, kv] if call.smooth_k else 0.0), self.v[:, kv].float()
-            if weight is not None:
-                k, v = torch.where(weight > 0, k, 0), torch.where(weight > 0, v, 0) * weight
-            covariance = v.mT @ k - (self._buffer("v_mean")[:, kv, :, :dim] * n).mT @ k_mean[:, kv]
-            covariance = covariance * (call.scale / n.sum(2, keepdim=True).clamp_min(1e-30))
-            torch.matmul(self.q[:, hs].float(), covariance.mT.repeat_interleave(group, 1), out=shift[:, hs])
-        return shift
-
     def _buffer(self, name: str) -> Tensor:
         offset, shape, dtype = self.layout.buffers[name]
-        return self.space[offset:].view(getattr(torch, dtype))[: torch.Size(shape).numel()].view(shape)
+        dtype = getattr(torch, dtype)
+        return self.space[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
     def _params(self, symbol: str):
-        return self.layout.params(symbol, self.base)
+        """The struct of a kernel with all that `Layout.params` sets, and what it reads of the caller's."""
+        params, fields = self.layout.params(symbol, self.base), FIELDS[symbol]
+        for name, address in self.read.items():
+            if name in fields:
+                setattr(params, name, address)
+        return params
 
     def _launch(self, variant: config.Variant, symbol: str, params, shared: int) -> None:
         self.machine.launch(self.machine.kernel(variant, symbol), self.layout.grids[symbol], variant.threads, shared, params, self.stream)
@@ -338,10 +304,6 @@ def _empty_like(x: Tensor) -> Tensor:
 
 def _judged(rule: Rule) -> bool:
     return isinstance(rule.sim, Tensor) or rule.sim > 0
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 @lru_cache(maxsize=256)

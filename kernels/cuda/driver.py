@@ -216,6 +216,16 @@ def current_stream(device: int) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
+def capturing(device) -> bool:
+    """Whether the stream that torch works on now, on a device or the GPU of that number, is being captured into a CUDA graph."""
+    import torch
+
+    if getattr(device, "type", "cuda") != "cuda" or not torch.cuda.is_initialized():
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def open_driver(load: Callable[[str], Any] = ctypes.CDLL, platform: str = sys.platform) -> Driver | str:
     """The driver of this machine, or the sentence that tells why there is none."""
     name = LIBRARIES.get("linux" if platform.startswith("linux") else platform)

@@ -46,6 +46,16 @@ class NoBinary(RuntimeError):
         super().__init__(f"no binary of {variant} for {arch}: " + "; ".join(reasons))
 
 
+class NotNow(RuntimeError):
+    """What is asked for would have to be loaded during the capture of a CUDA graph. Nothing remembers it: after the capture it is loaded."""
+
+    def __init__(self):
+        super().__init__(
+            "its kernels are not loaded yet and a CUDA graph is being captured, which must not be interrupted; "
+            "run the same call once before the capture"
+        )
+
+
 @dataclass(frozen=True)
 class Binary:
     """Device code and where it came from.
@@ -200,6 +210,7 @@ class Loader:
         ------
         NoBinary
             Also when asked again: what is missing stays missing for the life of the process.
+        NotNow
         torch.cuda.OutOfMemoryError, RuntimeError
             What the driver says that is not about the binary.
         """
@@ -218,6 +229,8 @@ class Loader:
             key = (device, variant.name)
             if key in self._refused:
                 raise NoBinary(*self._refused[key])
+            if driver_module.capturing(device):
+                raise NotNow
             arch = driver.arch(device)
             reason = driver.why_not(arch)
             reasons = [] if reason is None else [reason]
@@ -255,7 +268,7 @@ def kernel(device: int, variant: Variant, symbol: str) -> Kernel:
 
     Raises
     ------
-    NoBinary
+    NoBinary, NotNow
     """
     driver = driver_module.driver()
     if isinstance(driver, str):
@@ -264,12 +277,13 @@ def kernel(device: int, variant: Variant, symbol: str) -> Kernel:
 
 
 def why_not(device: int, variants: tuple[Variant, ...]) -> str | None:
-    """None when every kernel of `variants` is loaded on `device` (which this does), else one text with every reason."""
+    """None when every kernel of `variants` is loaded on `device` (which this does, but not while a CUDA graph is captured), else one text with every
+    reason."""
     try:
         for variant in variants:
             for symbol in variant.symbols:
                 kernel(device, variant, symbol)
-    except NoBinary as error:
+    except (NoBinary, NotNow) as error:
         return str(error)
     return None
 

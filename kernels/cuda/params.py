@@ -74,3 +74,6 @@ SYMBOLS = {
     "sparge_attention_sm90": AttentionParams,
 }
 """Kernel -> its struct."""
+
+FIELDS = {symbol: frozenset(name for name, _ in struct._fields_) for symbol, struct in SYMBOLS.items()}
+"""Kernel -> the names in its struct."""

@@ -20,6 +20,11 @@ TASK_BLOCKS = 16
 """Query blocks of one selection task."""
 SCRATCH_ROWS = 64
 """Score rows of one selection task: four pools for each of its query blocks."""
+CHUNK_ELEMENTS = 1 << 26
+"""fp32 elements of k, v or q that compensation converts at a time, or those of one kv head's."""
+
+Row = tuple[str, tuple[int, ...], str]
+"""A buffer: name (the field of the structs that points to it, if one does), shape, torch dtype name."""
 
 
 class Problem(NamedTuple):
@@ -106,8 +111,8 @@ def capacity(s_k: int, *, topk: float | None, only_topk: bool, causal: bool, kee
 
 
 @lru_cache(maxsize=256)
-def plan(problem: Problem) -> Layout:
-    """Cuts the work and carves the workspace."""
+def plan(problem: Problem, more: tuple[Row, ...] = ()) -> Layout:
+    """Cuts the work and carves the workspace; `more`: buffers that hang on how the caller's tensors lie (see prepare.py)."""
     p = problem
     width = config.padded_dim(p.dim)
     n_q, n_k = num_blocks(p.s_q, BLOCK_Q), num_blocks(p.s_k, BLOCK_K)
@@ -135,12 +140,15 @@ def plan(problem: Problem) -> Layout:
         wanted["q_sim"], wanted["k_sim"] = ((*q, n_q), "float32"), ((*kv, n_k), "float32")
     if p.compensate:
         wanted["v_mean"], wanted["state"] = ((*kv, n_k, width), "float32"), ((*q, n_q, 4 + width), "float32")
+    if p.compensate and not p.causal:
+        wanted |= _row_shift(p, width, n_k)
     if p.want_lse:
         wanted["lse_shift"] = ((*q, p.s_q), "float32")
     if p.drawn:
         wanted["counter"] = ((1,), "int32")
     if p.sequenced:
         wanted["sequence"] = ((*q, n_q), "int16")
+    wanted |= {name: (shape, dtype) for name, shape, dtype in more}
     buffers, end = {}, 0
     for name, (shape, dtype) in wanted.items():
         buffers[name] = (end, shape, dtype)
@@ -167,7 +175,26 @@ def plan(problem: Problem) -> Layout:
     return Layout(end, buffers, grids, shared, splits, templates, inside)
 
 
-_BYTES = {"int8": 1, "int16": 2, "float16": 2, "float32": 4, "int32": 4}
+_BYTES = {"bool": 1, "int8": 1, "int16": 2, "float16": 2, "float32": 4, "int32": 4}
+
+
+def _row_shift(p: Problem, width: int, n_k: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """What prepare.row_shift works in: as many kv heads at a time, of whichever batch element, as CHUNK_ELEMENTS admits."""
+    kv_heads, group = p.batch * p.kv_heads, p.heads // p.kv_heads
+    longest = max(p.s_k, p.s_q * group)
+    at_once = min(kv_heads, max(1, CHUNK_ELEMENTS // (longest * p.dim)))
+    wanted = {
+        "row_shift": ((p.batch, p.heads, p.s_q, p.dim), "float32"),
+        "shift_weight": ((p.batch, 1), "float32"), "shift_scale": ((p.batch, p.kv_heads), "float32"),
+        "shift_rows": ((at_once * longest * p.dim,), "float32"), "shift_values": ((at_once, p.s_k, p.dim), "float32"),
+        "shift_pools": ((2, at_once, n_k, width), "float32"),
+        "covariance": ((at_once, p.dim, p.dim), "float32"), "covariance_of_head": ((at_once * group, p.dim, p.dim), "float32"),
+    }  # fmt: skip
+    if p.smooth_k:
+        wanted["shift_centre"], wanted["shift_count"] = ((p.batch, p.kv_heads, width), "float32"), ((p.batch, p.kv_heads, 1), "float32")
+    if p.masked:
+        wanted["hidden"] = ((p.batch, p.s_k), "bool")
+    return wanted
 
 
 def _splits(s_k: int, heads: int, processors: int) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from sparge_kernels import (
 )
 from sparge_kernels.backends import choose
 from sparge_kernels.backends import cuda as backend
+from sparge_kernels.cuda import workspace
 from sparge_kernels.ops import Call
 
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -357,8 +358,10 @@ def test_block_masks_with_empty_and_full_rows(machine, form, d, shape):
     assert torch.equal(info.kept, dense.expand(2, 4, -1, -1))
     assert bool((out[:, :, 128:256] == 0).all()) and bool((lse[:, :, 128:256] == -math.inf).all())
     check(out, lse, info, q, k, v, form=form)
-    strided = dense.transpose(2, 3).contiguous().transpose(2, 3)
-    assert torch.equal(block_sparse_attention(q, k, v, strided, backend="cuda"), out)
+    twice, wide = torch.stack([dense, ~dense], 2).flatten(1, 2), torch.cat([dense, ~dense], 3)
+    for view in (dense.transpose(2, 3).contiguous().transpose(2, 3), dense.expand(2, 4, -1, -1), twice[:, ::2], wide[..., :6]):
+        assert torch.equal(view.expand(2, 4, -1, -1), info.kept)
+        assert torch.equal(block_sparse_attention(q, k, v, view, backend="cuda"), out)
 
 
 def test_block_mask_with_mask_and_causal(machine):
@@ -456,6 +459,21 @@ def test_compensation(machine, case, form):
     plain = reference.attention(q, k, v, info.kept, **how)[0]
     dense = reference.attention(q, k, v, **how)[0]
     assert (exact[0] - dense).norm() < 0.9 * (plain - dense).norm(), "compensation repairs nothing here: the comparison says nothing"
+
+
+@pytest.mark.parametrize("mask", [None, "scattered", "bias"])
+def test_compensation_in_chunks_gives_the_same_bits(machine, monkeypatch, mask):
+    """Chunks of one kv head, and of heads of two batch elements."""
+    machine()
+    q, k, v = qkv(2, 6, 3, 200, 333, 40, torch.float16)
+    found = []
+    for heads in (1, 2, 4, 6):
+        monkeypatch.setattr(workspace, "CHUNK_ELEMENTS", heads * 400 * 40)  # a kv head has 400 rows of queries
+        workspace.plan.cache_clear()
+        key_mask = None if mask is None else KEY_MASKS[mask]
+        found.append(sparse_attention(q, k, v, topk=0.3, key_mask=key_mask, compensate=True, backend="cuda", return_lse=True))
+    workspace.plan.cache_clear()
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
 
 
 def test_two_key_ranges_merge_to_the_whole(machine):

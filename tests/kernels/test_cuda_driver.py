@@ -43,11 +43,11 @@ class Function:
 
 
 class Library:
-    """A driver with `version`; GPUs of compute capability 8.6 with 101376 bytes of shared memory per block; every kernel has 512 of its own."""
+    """A driver with `version`; GPUs of one compute capability with 101376 bytes of shared memory per block; every kernel has 512 of its own."""
 
-    def __init__(self, version=12080, **status):
+    def __init__(self, version=12080, capability=(8, 6), **status):
         self.calls, self.status, self.depth = [], status, 0
-        attributes = {75: 8, 76: 6, 97: 101376}
+        attributes = {75: capability[0], 76: capability[1], 97: 101376}
 
         def put(value):
             def fill(out, *_):

@@ -260,14 +260,27 @@ def test_backend_names_are_those_of_the_kernels(nodes):
 def test_a_gpu_takes_what_its_kernels_can(nodes, monkeypatch):
     """The head size of the call decides too; on a GPU nothing falls to the torch backend unless it was asked for."""
     machine = SimpleNamespace(arch="sm_86", pv="int8", missing=lambda variants: None)
-    nodes._kernels.backend_for.cache_clear()
+    nodes._kernels._chosen.cache_clear()
     monkeypatch.setattr(nodes._kernels.TABLE["cuda"], "machine_of", lambda device: (machine, None))
     ask = nodes._kernels.backend_for
     assert ask("cuda", "auto") == ask("cuda", "cuda", 128, torch.bfloat16, True) == ("cuda", None)
     backend, why = ask("cuda", "auto", 192)
     assert backend is None and "head_dim 192" in why and ask("cuda", "torch", 192) == ("torch", None)
     assert nodes.patch.describe(nodes.patch.Settings(), "cuda") == "backend cuda"
-    nodes._kernels.backend_for.cache_clear()
+    nodes._kernels._chosen.cache_clear()
+
+
+def test_a_refusal_that_ends_is_not_remembered(nodes, monkeypatch):
+    """Kernels cannot be loaded while a CUDA graph is captured; after it they are."""
+    missing = ["a CUDA graph is being captured"]
+    machine = SimpleNamespace(arch="sm_86", pv="int8", missing=lambda variants: missing[0])
+    nodes._kernels._chosen.cache_clear()
+    monkeypatch.setattr(nodes._kernels.TABLE["cuda"], "machine_of", lambda device: (machine, None))
+    backend, why = nodes._kernels.backend_for("cuda", "auto")
+    assert backend is None and why.startswith("cuda: a CUDA graph is being captured; torch: ")
+    missing[0] = None
+    assert nodes._kernels.backend_for("cuda", "auto") == ("cuda", None)
+    nodes._kernels._chosen.cache_clear()
 
 
 def test_run_is_logged_in_one_line(nodes, tiny, patched, caplog):
