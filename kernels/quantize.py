@@ -45,7 +45,7 @@ def place_in_group(group):
 
 
 def sampled_keys(length: int, device: torch.device) -> Tensor:
-    """The keys that make the centre: int64 (n,), one of each 16, counted from the start of a head; of the last group only what is not past the end."""
+    """The keys that make the centre: int64 (n,), one of each 16 from the start of a head on; the last 16 may be cut short and have none."""
     groups = num_blocks(length, CENTRE_GROUP)
     last = groups - 1
     if last * CENTRE_GROUP + place_in_group(last) >= length:
