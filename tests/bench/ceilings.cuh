@@ -29,10 +29,10 @@ KERNEL(ceiling_s8, 256, CeilingParams) {
   a += (warp_id() / 4) * 8192;
   int c[16][4] = {};
   for (int round = 0; round < p.rounds; ++round) {
-    wgmma_fence();
+    wgmma_fence(c);
     UNROLL for (int i = 0; i < kSteps; ++i) wgmma_s8<128>(c, matrix_descriptor<128>(a + 32 * i), matrix_descriptor<128>(b + 32 * i), true);
     wgmma_commit();
-    wgmma_wait<0>();
+    wgmma_wait<0>(c);
   }
   int sum = 0;
   UNROLL for (int j = 0; j < 16; ++j) UNROLL for (int e = 0; e < 4; ++e) sum += c[j][e];
@@ -46,10 +46,10 @@ KERNEL(ceiling_e4m3, 256, CeilingParams) {
   UNROLL for (int i = 0; i < kSteps; ++i) UNROLL for (int e = 0; e < 4; ++e) a[i][e] = ((const uint32_t*)p.data)[(i * 4 + e) * 256 + thread_id()];
   float c[16][4] = {};
   for (int round = 0; round < p.rounds; ++round) {
-    wgmma_fence();
+    wgmma_fence(c, a);
     UNROLL for (int i = 0; i < kSteps; ++i) wgmma_e4m3<128>(c, a[i], matrix_descriptor<128>(b + 32 * i), true);
     wgmma_commit();
-    wgmma_wait<0>();
+    wgmma_wait<0>(c);
   }
   float sum = 0.0f;
   UNROLL for (int j = 0; j < 16; ++j) UNROLL for (int e = 0; e < 4; ++e) sum += c[j][e];
