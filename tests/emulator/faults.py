@@ -109,6 +109,7 @@ PREPASS = [
 HOPPER = "attention_sm90.cuh"
 H_ODD = attention("every_variant_on_odd_lengths", "sm90", "fp8", 128, False)
 H_LONG = attention("lists_of_every_length", "sm90", 64)
+H_RING = attention("one_block_goes_often_round_its_ring", 64)
 H_DROPS = attention("tiles_far_below_are_dropped_as_the_reference_drops_them", "sm90", "fp8", 64)
 H_ORDER = attention("a_bitwise_repeat_in_any_order", "sm90")
 H_GRID = attention("a_bitwise_repeat_on_any_grid", 64, "random")
@@ -130,6 +131,7 @@ ATTENTION_HOPPER = [
     Fault("rounds of the slots are told by items", HOPPER, "(uint32_t)turn / kSlots & 1", "(uint32_t)turn & 1", H_ODD),
     Fault("a tile is free when one warp is done with it", HOPPER, "barrier_init(empty(i), 8)", "barrier_init(empty(i), 1)", H_LONG),
     Fault("a tile is free when one warpgroup is done with it", HOPPER, "barrier_init(empty(i), 8)", "barrier_init(empty(i), 4)", H_LONG),
+    Fault("a tile is free when 7 of 8 warps are done with it", HOPPER, "barrier_init(empty(i), 8)", "barrier_init(empty(i), 7)", H_RING),
     Fault("a slot is free when one warpgroup is done with it", HOPPER, "barrier_init(q_empty(i), 8)", "barrier_init(q_empty(i), 4)", H_GRID),
     Fault("barriers are not published", HOPPER, "    barrier_publish();\n", "", H_ODD),
     Fault("the producer's lanes go on one by one", HOPPER, "    sync_warp();  // a lane that waited", "    // a lane that waited", H_EMPTY),
