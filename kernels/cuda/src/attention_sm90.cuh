@@ -348,6 +348,9 @@ DEVICE void consume(const AttentionParams& p, int warpgroup) {
       tile++;
     }
     const Item item = item_facts.item;
+    // Of the facts the scales come by a bulk copy. The one for a later item is not held back by this thread's own loads of them, however the barriers
+    // order the two, unless the thread fences first: it might read a scale of that item.
+    fence_async();
     sync_warp();  // all lanes have read the item's facts
     if (is_first_lane()) barrier_arrive(q_empty(slot_of(turn)));
     turn++;

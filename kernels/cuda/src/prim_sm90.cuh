@@ -32,7 +32,8 @@ DEVICE void bulk_copy(uint32_t shared, const void* global, int bytes, uint32_t b
                "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(barrier)
                : "memory");
 }
-// What this thread wrote to shared memory itself becomes visible to matrix products and bulk copies (of other threads after the next meeting).
+// What this thread wrote to shared memory itself becomes visible to matrix products and bulk copies (of other threads after the next meeting), and what
+// it read itself may be overwritten by bulk copies (after it has arrived at the barrier that they wait for).
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- where am I --------------------------------------------------------------------------------------------------------------------------------
