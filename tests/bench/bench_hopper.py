@@ -144,7 +144,7 @@ def compile_ceilings() -> bytes:
             reasons.append(compiler)
             continue
         try:
-            return compiler.compile(ceiling_program())
+            return compiler.compile(ceiling_program()).code
         except nvrtc.CompilerError as error:
             reasons.append(str(error))
     raise nvrtc.CompilerError("; ".join(reasons) or "there is no NVRTC")
