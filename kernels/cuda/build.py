@@ -57,11 +57,19 @@ class Tool:
         Files whose change makes everything stale.
     command : callable
         (program, folder of the sources, output) -> command line.
+    logs : bool
+        Whether the command also writes what the compiler said, beside the output: `log_of` it.
     """
 
     about: tuple[tuple[str, str], ...]
     depends: tuple[Path, ...]
     command: Callable[[nvrtc.Program, Path, Path], list[str]]
+    logs: bool
+
+
+def log_of(out: Path) -> Path:
+    """Where a command writes the log of the compilation whose output is `out`."""
+    return out.with_suffix(".log")
 
 
 def pinned_nvrtc() -> Path | None:
@@ -76,9 +84,11 @@ def pinned_nvrtc() -> Path | None:
     return Path(package.locate_file(names[0])).resolve() if names else None
 
 
-def nvrtc_tool() -> Tool:
-    """The pinned NVRTC."""
-    library = pinned_nvrtc()
+def nvrtc_tool(library: Path | None = None) -> Tool:
+    """An NVRTC: the pinned one, or the one at `library`, whose binaries are for the machine at hand and not for the package."""
+    pinned = pinned_nvrtc()
+    about = (("package", f"{NVRTC_PACKAGE} {NVRTC_VERSION}"),) if library in (None, pinned) else ()
+    library = library or pinned
     if library is None:
         raise BuildError(f"the compiler {NVRTC_PACKAGE} {NVRTC_VERSION} is not installed; run pip install {NVRTC_PACKAGE}=={NVRTC_VERSION} ninja")
     worker = Path(nvrtc.__file__).resolve()
@@ -86,10 +96,9 @@ def nvrtc_tool() -> Tool:
     def command(program: nvrtc.Program, folder: Path, out: Path) -> list[str]:
         defines = [part for name, value in program.defines for part in ("--define", f"{name}={value}")]
         return [sys.executable, "-I", str(worker), "--library", str(library), "--folder", str(folder), "--source", program.name,
-                "--arch", program.arch, *defines, "--out", str(out)]  # fmt: skip
+                "--arch", program.arch, *defines, "--out", str(out), "--log", str(log_of(out))]  # fmt: skip
 
-    about = (("name", "NVRTC"), ("version", nvrtc.open_library(library).version), ("package", f"{NVRTC_PACKAGE} {NVRTC_VERSION}"))
-    return Tool(about, (library, worker), command)
+    return Tool((("name", "NVRTC"), ("version", nvrtc.open_library(library).version), *about), (library, worker), command, logs=True)
 
 
 def nvcc_tool() -> Tool:
@@ -105,7 +114,7 @@ def nvcc_tool() -> Tool:
         return [path, "-cubin", "-std=c++17", "--expt-relaxed-constexpr", f"-arch={program.arch}", "-I", str(folder), *defines,
                 "-x", "cu", str(folder / program.name), "-o", str(out)]  # fmt: skip
 
-    return Tool((("name", "nvcc"), ("version", version)), (Path(path),), command)
+    return Tool((("name", "nvcc"), ("version", version)), (Path(path),), command, logs=False)
 
 
 # ---- the graph -----------------------------------------------------------------------------------------------------------------------------------
@@ -123,12 +132,15 @@ class Built:
     program : nvrtc.Program
         For `arch`, or for the variant's exact one.
     code : bytes
+    log : str
+        What the compiler said; "" where it said nothing, and with nvcc, whose words are not kept.
     """
 
     arch: str
     variant: Variant
     program: nvrtc.Program
     code: bytes
+    log: str
 
 
 def compile_all(
@@ -146,7 +158,7 @@ def compile_all(
     ----------
     archs : tuple of str
     work : Path
-        Made when it does not exist; holds build.ninja and the raw binaries.
+        Made when it does not exist; holds build.ninja, the raw binaries and the compiler's logs.
     tool : Tool
     sources : Path
         Folder of the device sources.
@@ -160,6 +172,10 @@ def compile_all(
     BuildError
         With the compiler's words.
     """
+
+    def outputs(out: Path) -> tuple[Path, ...]:
+        return (out, log_of(out)) if tool.logs else (out,)
+
     sources, work = sources.resolve(), work.resolve()
     listed = [(arch, variant) for arch in archs for variant in variants(arch)]
     edges = [(arch, variant, nvrtc.program(variant.source, variant.target(arch), variant.defines, sources)) for arch, variant in listed]
@@ -169,7 +185,7 @@ def compile_all(
         out.parent.mkdir(parents=True, exist_ok=True)
         needs = [*(sources / name for name, _ in program.files), *tool.depends]
         lines += [
-            f"build {_path(out)}: compile | {' '.join(map(_path, needs))}",
+            f"build {' '.join(map(_path, outputs(out)))}: compile | {' '.join(map(_path, needs))}",
             f"  line = {_command(tool.command(program, sources, out))}",
             f"  what = {variant.name} for {program.arch}",
         ]
@@ -177,7 +193,8 @@ def compile_all(
     done = subprocess.run([*_ninja(), "-C", str(work), *([f"-j{jobs}"] if jobs else [])], capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise BuildError(f"ninja stopped in {work}:\n{done.stdout[-8000:]}{done.stderr[-2000:]}")
-    return [Built(arch, variant, program, out.read_bytes()) for (arch, variant, program), out in zip(edges, files, strict=True)]
+    logs = [log_of(out).read_text(encoding="utf-8") if tool.logs else "" for out in files]
+    return [Built(*edge, out.read_bytes(), log) for edge, out, log in zip(edges, files, logs, strict=True)]
 
 
 def _ninja() -> list[str]:
@@ -279,7 +296,8 @@ def _attributes(data: bytes):
 def complaints(built: Built) -> list[str]:
     """What is wrong with a compiled variant: a sentence for everything that is not as `Variant` says.
 
-    Registers need no bound of their own: the declared number of threads is one for the compiler, which spills rather than break it.
+    Registers need no bound of their own: the declared number of threads is one for the compiler, which spills rather than break it. What the
+    assembler remarks on Hopper's products is known of NVRTC's binaries only.
     """
     found, variant = inspect(built.code), built.variant
     where = f"{variant.name} for {built.program.arch}"
@@ -291,6 +309,11 @@ def complaints(built: Built) -> list[str]:
             wrong.append(f"{symbol} in {where} is declared for {needs.threads} threads, expected {variant.threads}")
         if needs.local > variant.spill_bound:
             wrong.append(f"{symbol} in {where} uses {needs.local} bytes of local memory per thread, at most {variant.spill_bound} allowed")
+    for remark in nvrtc.remarks(built.log):
+        wrong.append(
+            f"{where}: the assembler has changed the matrix products, which no packaged binary may need ({remark}); name every register "
+            "that a product reads or writes in the wgmma_fence before it, and every sum in the wgmma_wait after it"
+        )
     return wrong
 
 

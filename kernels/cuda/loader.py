@@ -180,7 +180,7 @@ class Loader:
                 kept = _read_cached(file, reasons)
                 if kept is not None:
                     yield Binary(kept, source.arch, f"cached, {origin}")
-                code = compiler.compile(source)
+                code = compiler.compile(source).code
             except nvrtc.CompilerError as error:
                 reasons.append(str(error))
                 continue

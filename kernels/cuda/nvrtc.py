@@ -36,7 +36,7 @@ class CompilerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Program:
-    """Everything that decides the bytes of a binary, but for the compiler.
+    """Everything that decides the bytes of a binary or of PTX, but for the compiler.
 
     Attributes
     ----------
@@ -45,7 +45,7 @@ class Program:
     files : tuple of (str, str)
         Name and text of the main file and of every file it includes, directly or not, the main file first.
     arch : str
-        "sm_86".
+        "sm_86" for a binary, or a virtual architecture, "compute_86", for PTX, which is text that tests can read.
     defines : tuple of (str, int)
     """
 
@@ -84,6 +84,32 @@ def program(name: str, arch: str, defines: tuple[tuple[str, int], ...], folder: 
     return Program(name, tuple(files.items()), arch, defines)
 
 
+# ---- what comes of it ----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compilation gave.
+
+    Attributes
+    ----------
+    code : bytes
+        A cubin; PTX, without the NUL at its end, for a virtual architecture.
+    log : str
+        What the compiler said all the same, warnings and remarks, a line each; "" where it had nothing to say.
+    """
+
+    code: bytes
+    log: str
+
+
+def remarks(log: str) -> tuple[str, ...]:
+    """The lines of `Compiled.log` that the assembler has numbered C75..: what it did to Hopper's matrix products because the code does not keep their
+    rules. It put waits between them, or ran one after the other, which costs more than any other choice, and succeeds without a warning.
+    """
+    return tuple(line.strip() for line in log.splitlines() if "(C75" in line)
+
+
 # ---- the compiler --------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -113,15 +139,16 @@ class Compiler:
         self._check(self._library.nvrtcGetSupportedArchs(numbers), "nvrtcGetSupportedArchs")
         return tuple(f"sm_{n}" for n in numbers)
 
-    def compile(self, source: Program) -> bytes:
-        """The binary of `source`.
+    def compile(self, source: Program) -> Compiled:
+        """The binary of `source`, or its PTX where the architecture is a virtual one.
 
         Raises
         ------
         CompilerError
             With the compiler's log.
         """
-        if source.arch.rstrip("a") not in self.archs():
+        virtual = source.arch.startswith("compute_")
+        if source.arch.replace("compute_", "sm_").rstrip("a") not in self.archs():
             raise CompilerError(f"NVRTC {self.version} ({self.path}) cannot compile for {source.arch}; install a torch built for a newer CUDA")
         library, handle = self._library, ctypes.c_void_p()
         (_, text), *headers = source.files
@@ -132,10 +159,10 @@ class Compiler:
         self._check(library.nvrtcCreateProgram(ctypes.byref(handle), text.encode(), source.name.encode(), count, texts, names), "nvrtcCreateProgram")
         try:
             status = library.nvrtcCompileProgram(handle, len(options), options)
+            log = self._bytes(handle, "ProgramLog").rstrip(b"\0").decode(errors="replace").strip()
             if status:
-                log = self._bytes(handle, "ProgramLog").rstrip(b"\0").decode(errors="replace").strip()
                 raise CompilerError(f"NVRTC {self.version} ({self.path}) refused {source.name} for {source.arch}: {log or self._name(status)}")
-            return self._bytes(handle, "CUBIN")
+            return Compiled(self._bytes(handle, "PTX").rstrip(b"\0") if virtual else self._bytes(handle, "CUBIN"), log)
         finally:
             library.nvrtcDestroyProgram(ctypes.byref(handle))
 
@@ -208,16 +235,18 @@ def main() -> None:
     parser.add_argument("--source", required=True)
     parser.add_argument("--arch", required=True)
     parser.add_argument("--define", action="append", default=[], help="NAME=NUMBER")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="the binary")
+    parser.add_argument("--log", type=Path, required=True, help="what the compiler said")
     given = parser.parse_args()
     defines = tuple((name, int(value)) for name, _, value in (d.partition("=") for d in given.define))
     try:
-        code = open_library(given.library).compile(program(given.source, given.arch, defines, given.folder))
+        compiled = open_library(given.library).compile(program(given.source, given.arch, defines, given.folder))
     except CompilerError as error:
         parser.exit(1, f"{error}\n")
-    part = given.out.with_name(given.out.name + ".part")
-    part.write_bytes(code)
-    os.replace(part, given.out)
+    for file, data in ((given.log, compiled.log.encode()), (given.out, compiled.code)):
+        part = file.with_name(file.name + ".part")
+        part.write_bytes(data)
+        os.replace(part, file)
 
 
 if __name__ == "__main__":

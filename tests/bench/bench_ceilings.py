@@ -178,7 +178,7 @@ def _compiled(file: str, arch: str) -> bytes | str:
             continue
         try:
             target = config.HOPPER_EXACT if file == HOPPER else next(iter(loader.compatible(arch, compiler.archs())), arch)
-            return compiler.compile(program(file, target))
+            return compiler.compile(program(file, target)).code
         except nvrtc.CompilerError as error:
             reasons.append(str(error))
     return "; ".join(reasons) or "there is no NVRTC"

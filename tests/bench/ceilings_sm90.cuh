@@ -25,10 +25,10 @@ KERNEL(ceiling_s8, 256, CeilingParams) {
   int c[16][4] = {};
   int64_t start = start_rounds();
   for (int round = 0; round < p.rounds; ++round) {
-    wgmma_fence();
+    wgmma_fence(c);
     UNROLL for (int i = 0; i < kSteps; ++i) wgmma_s8<128>(c, matrix_descriptor<128>(a + 32 * i), matrix_descriptor<128>(b + 32 * i), true);
     wgmma_commit();
-    wgmma_wait<0>();
+    wgmma_wait<0>(c);
   }
   end_rounds(p, start);
   int sum = 0;
@@ -44,10 +44,10 @@ KERNEL(ceiling_e4m3, 256, CeilingParams) {
   float c[16][4] = {};
   int64_t start = start_rounds();
   for (int round = 0; round < p.rounds; ++round) {
-    wgmma_fence();
+    wgmma_fence(c, a);
     UNROLL for (int i = 0; i < kSteps; ++i) wgmma_e4m3<128>(c, a[i], matrix_descriptor<128>(b + 32 * i), true);
     wgmma_commit();
-    wgmma_wait<0>();
+    wgmma_wait<0>(c);
   }
   end_rounds(p, start);
   float sum = 0.0f;

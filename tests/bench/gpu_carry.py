@@ -171,7 +171,7 @@ def make(items: tuple[Wanted, ...], folder: Path | None = None) -> dict:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(zlib.compress(built.code, 9))
             entries[item.key] = {"source": built.program.digest, "sha256": hashlib.sha256(built.code).hexdigest(), "compiler": name,
-                                 "remarks": build.remarks(built.log)}  # fmt: skip
+                                 "remarks": nvrtc.remarks(built.log)}  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     return {"made": len(todo), "there": len(items) - len(todo), "remarks": {key: e["remarks"] for key, e in entries.items() if e["remarks"]}}

@@ -113,6 +113,7 @@ PREPASS = [
 HOPPER = "attention_sm90.cuh"
 H_ODD = attention("every_variant_on_odd_lengths", "sm90", "fp8", 128, False)
 H_LONG = attention("lists_of_every_length", "sm90", 64)
+H_RING = attention("one_block_goes_often_round_its_ring", 64)
 H_DROPS = attention("tiles_far_below_are_dropped_as_the_reference_drops_them", "sm90", "fp8", 64)
 H_ORDER = attention("a_bitwise_repeat_in_any_order", "sm90")
 H_GRID = attention("a_bitwise_repeat_on_any_grid", 64, "random")
@@ -134,18 +135,23 @@ ATTENTION_HOPPER = [
     Fault("rounds of the slots are told by items", HOPPER, "(uint32_t)turn / kSlots & 1", "(uint32_t)turn & 1", H_ODD),
     Fault("a tile is free when one warp is done with it", HOPPER, "barrier_init(empty(i), 8)", "barrier_init(empty(i), 1)", H_LONG),
     Fault("a tile is free when one warpgroup is done with it", HOPPER, "barrier_init(empty(i), 8)", "barrier_init(empty(i), 4)", H_LONG),
+    Fault("a tile is free when 7 of 8 warps are done with it", HOPPER, "barrier_init(empty(i), 8)", "barrier_init(empty(i), 7)", H_RING),
     Fault("a slot is free when one warpgroup is done with it", HOPPER, "barrier_init(q_empty(i), 8)", "barrier_init(q_empty(i), 4)", H_GRID),
     Fault("barriers are not published", HOPPER, "    barrier_publish();\n", "", H_ODD),
     Fault("the producer's lanes go on one by one", HOPPER, "    sync_warp();  // a lane that waited", "    // a lane that waited", H_EMPTY),
-    Fault("a tile is freed while it is multiplied", HOPPER, "            wgmma_wait<1>();\n            free_stage();",
-          "            free_stage();\n            wgmma_wait<1>();", H_LONG),
+    Fault("a tile is freed while it is multiplied", HOPPER, "            wgmma_wait<1>(product);\n            free_stage();",
+          "            free_stage();\n            wgmma_wait<1>(product);", H_LONG),
     Fault("a dropped tile is not freed", HOPPER, "pass_turn();\n            free_stage();\n          }", "pass_turn();\n          }", H_DROPS),
-    Fault("no fence before the first product", HOPPER, "wgmma_fence();\n      multiply_keys", "multiply_keys", H_ODD),
-    Fault("the first scores are read while they are summed", HOPPER, "wgmma_wait<0>();\n      const int blocks_of_last",
+    Fault("no fence before the first product", HOPPER, "wgmma_fence(acc);\n      multiply_keys", "multiply_keys", H_ODD),
+    Fault("P may change between the fence and its product", HOPPER, "wgmma_fence(product, w.weights, acc);", "wgmma_fence(product, acc);", H_ODD),
+    Fault("scores may be read before the wait", HOPPER, "          wgmma_wait<0>(acc);\n        }\n        tile++;",
+          "          wgmma_wait<0>();\n        }\n        tile++;", H_ODD),
+    Fault("scores under way are taken to be there", HOPPER, "            wgmma_wait<1>(product);", "            wgmma_wait<1>(product, acc);", H_ODD),
+    Fault("the first scores are read while they are summed", HOPPER, "wgmma_wait<0>(acc);\n      const int blocks_of_last",
           "wgmma_wait<1>();\n      const int blocks_of_last", H_ODD),
-    Fault("scores are read while they are summed", HOPPER, "          wgmma_wait<0>();\n        }\n        tile++;", "        }\n        tile++;",
-          H_ODD),
-    Fault("the last P V is added while it is summed", HOPPER, "wgmma_wait<0>();\n        add_part(o, product, now.decay, kParts - 1);",
+    Fault("scores are read while they are summed", HOPPER, "          wgmma_wait<0>(acc);\n        }\n        tile++;",
+          "        }\n        tile++;", H_ODD),
+    Fault("the last P V is added while it is summed", HOPPER, "wgmma_wait<0>(product);\n        add_part(o, product, now.decay, kParts - 1);",
           "add_part(o, product, now.decay, kParts - 1);", H_ODD),
     Fault("a tile that is dropped keeps the turn", HOPPER, "pass_turn();\n            free_stage();\n          }", "free_stage();\n          }",
           H_DROPS),
@@ -179,7 +185,7 @@ ATTENTION_HOPPER = [
     Fault("dropped tiles are counted by every warp", HOPPER, "if (!w.kept && (thread_id_again() & 127) == 0",
           "if (!w.kept && (thread_id_again() & 31) == 0", H_DROPS),
     Fault("scores are read while they are summed, without turns", HOPPER,
-          "            wgmma_wait<1>();\n          }\n          softmax", "          }\n          softmax", H_OVERLAP),
+          "            wgmma_wait<1>(acc);\n          }\n          softmax", "          }\n          softmax", H_OVERLAP),
     Fault("P of a dropped tile is what was there", HOPPER, "if (!now.kept) nothing(now);", "", H_SPLIT),
     Fault("both parts of P V have the first channels", HOPPER, "part * kPartTiles * 8 * kBlockK + (g % 2)", "(g % 2)", H_SPLIT),
 ]  # fmt: skip

@@ -58,11 +58,17 @@ DEVICE uint64_t at_byte(uint64_t descriptor, int bytes, SITE) {
   emulator::check_start(((uint32_t)(descriptor & 0x3fff) << 4) + (uint32_t)bytes, descriptor >> 62 == 1 ? 128 : 64, at);
   return descriptor + (uint64_t)(bytes >> 4);
 }
-DEVICE void wgmma_fence() { emulator::wgmma_fence(); }
+// The names are checked at every product and every wait; what is done to a register in spite of them is only seen where it changes what it holds.
+template <class... Registers>
+DEVICE void wgmma_fence(Registers&... c_and_a) {
+  const emulator::Named named[] = {{&c_and_a, sizeof c_and_a}..., {}};
+  emulator::wgmma_fence(named, sizeof...(c_and_a));
+}
 DEVICE void wgmma_commit() { emulator::wgmma_commit(); }
-template <int kPending>
-DEVICE void wgmma_wait(SITE) {
-  emulator::wgmma_wait(kPending, at);
+template <int kPending, class... Registers>
+DEVICE void wgmma_wait(Registers&... c) {
+  const emulator::Named named[] = {{&c, sizeof c}..., {}};
+  emulator::wgmma_wait(kPending, named, sizeof...(c));
 }
 template <int kN>
 DEVICE void wgmma_s8(int (&c)[kN / 8][4], uint64_t a, uint64_t b, bool accumulate, SITE) {

@@ -23,7 +23,7 @@ namespace emulator {
 const char* const kNames[kKinds] = {"sync_block", "sync_warp", "shuffle_xor", "shuffle", "shuffle_up", "any_lane", "vote",
                                     "load_matrix", "load_matrix_transposed", "mma_s8s8", "mma_u8s8", "mma_half", "mma_e4m3", "barrier_wait",
                                     "sync_threads", "arrive_threads", "any_thread", "keep_registers", "take_registers", "wgmma_s8", "wgmma_e4m3",
-                                    "wgmma_wait"};
+                                    "wgmma_wait for the product"};
 
 __thread Block* block;
 

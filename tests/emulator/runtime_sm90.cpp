@@ -82,6 +82,18 @@ struct Warpgroup {
   std::list<Accumulator> accumulators;
 };
 
+// What a thread has named and what it has asked for.
+struct Sums {
+  const char* c;
+  int bytes;
+  int group;
+  Site site;
+};
+struct Registers {
+  std::vector<Named> fenced;  // since the last wgmma_wait
+  std::vector<Sums> sums;     // of products that it has not let go of
+};
+
 }  // namespace
 
 struct Async {
@@ -92,6 +104,7 @@ struct Async {
   std::vector<BulkCopy> copies;
   NamedBarrier named[kNamedBarriers];
   Warpgroup groups[kMaxThreads / kGroup];
+  Registers registers[kMaxThreads];
 };
 
 namespace {
@@ -306,6 +319,36 @@ void issue(Warpgroup& g, Fiber& me, Site at) {
     op.registers[i] = g.request[i]->product.registers;
     memcpy(op.a[i], op.registers[i], 16);
   }
+}
+
+bool holds(const Named& named, const void* start, int bytes) {
+  const char *first = static_cast<const char*>(named.start), *from = static_cast<const char*>(start);
+  return first <= from && from + bytes <= first + named.bytes;
+}
+
+bool overlap(const char* a, int a_bytes, const char* b, int b_bytes) { return a < b + b_bytes && b < a + a_bytes; }
+
+void check_fenced(const Registers& r, const void* start, int bytes, Site at) {
+  for (const Named& named : r.fenced)
+    if (holds(named, start, bytes)) return;
+  fail("wgmma_fence before the product at %s:%d does not name all of its registers", AT);
+}
+
+// What a wait lets go of must be named there, unless a later product adds to it; what it does not let go of must not.
+void check_named(Registers& r, int let_go, const Named* named, int count) {
+  for (const Sums& x : r.sums) {
+    bool found = false, goes_on = false;
+    for (int i = 0; i < count; i++) {
+      found = found || holds(named[i], x.c, x.bytes);
+      if (x.group >= let_go && overlap(static_cast<const char*>(named[i].start), named[i].bytes, x.c, x.bytes))
+        fail("wgmma_wait names the sums of the product of %s:%d, which it does not let go of", base_name(x.site.file), x.site.line);
+    }
+    for (const Sums& y : r.sums) goes_on = goes_on || (y.group >= let_go && overlap(x.c, x.bytes, y.c, y.bytes));
+    if (!found && !goes_on)
+      fail("wgmma_wait lets go of the product of %s:%d and does not name its sums", base_name(x.site.file), x.site.line);
+  }
+  r.sums.erase(std::remove_if(r.sums.begin(), r.sums.end(), [&](const Sums& x) { return x.group < let_go; }), r.sums.end());
+  r.fenced.clear();
 }
 
 // Waits until the warpgroup's threads have come; what they ask must be the same. True for the last one, who does it and then lets the others go on.
@@ -530,19 +573,25 @@ void set_registers(Kind kind, int count, Site at) {
   part(me);
 }
 
-void wgmma_fence() { self().fenced = true; }
+void wgmma_fence(const Named* named, int count) {
+  Fiber& me = self();
+  me.fenced = true;
+  std::vector<Named>& fenced = async().registers[me.api.thread].fenced;
+  fenced.insert(fenced.end(), named, named + count);
+}
 
 void wgmma_commit() { self().products++; }
 
-void wgmma_wait(int pending, Site at) {
+void wgmma_wait(int pending, const Named* named, int count) {
   Fiber& me = self();
   me.fenced = false;
   me.let_go = std::max(me.let_go, me.products - pending);
   if (!block->async) return;
+  check_named(block->async->registers[me.api.thread], me.let_go, named, count);
   Warpgroup& g = block->async->groups[me.api.thread / kGroup];
   if (over(g, me)) return;
   if (block->late) {
-    wait(me, kWgmmaWait, at);
+    wait(me, kWgmmaWait, g.queue.front().site);
     g.waiting.push_back(me.api.thread);
     return yield(me, me.api.thread >> 5, false);
   }
@@ -553,6 +602,11 @@ void wgmma_wait(int pending, Site at) {
 void multiply(const Product& product, Site at) {
   Fiber& me = self();
   if (!me.fenced) fail("no wgmma_fence between the last wgmma_wait and the product at %s:%d", AT);
+  Registers& registers = async().registers[me.api.thread];
+  const int bytes = 2 * product.n;
+  check_fenced(registers, product.c, bytes, at);
+  if (product.kind == kWgmmaE4m3) check_fenced(registers, product.registers, 16, at);
+  registers.sums.push_back({static_cast<char*>(product.c), bytes, me.products, at});
   for (uint64_t descriptor : {product.kind == kWgmmaS8 ? product.a : product.b, product.b})
     if (descriptor >> 62 < 1 || descriptor >> 62 > 2 || descriptor >> 49 & 7)
       fail("the product at %s:%d has a descriptor that is not of rows of 64 or 128 swizzled bytes", AT);

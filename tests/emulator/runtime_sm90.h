@@ -14,6 +14,12 @@ struct Product {
   bool accumulate;
 };
 
+// Registers that a fence or a wait names.
+struct Named {
+  const void* start;
+  int bytes;
+};
+
 void barrier_init(uint32_t barrier, int arrivals, Site at);
 void barrier_publish();
 void barrier_arrive(uint32_t barrier, int bytes, Site at);
@@ -23,9 +29,9 @@ void fence_async();
 // The three that meet at a hardware barrier; returns whether any thread of an any_thread gave true.
 bool meet_threads(Kind kind, int id, int threads, bool value, Site at);
 void set_registers(Kind kind, int count, Site at);
-void wgmma_fence();
+void wgmma_fence(const Named* named, int count);
 void wgmma_commit();
-void wgmma_wait(int pending, Site at);
+void wgmma_wait(int pending, const Named* named, int count);
 void multiply(const Product& product, Site at);
 
 }  // namespace emulator

@@ -38,11 +38,11 @@ DEVICE void whole_product_s8(const SampleParams& p) {
   int sum[kN / 8][4];
   if (p.c) load_product(sum, p.c);
   const uint32_t a = shared_address(memory), b = a + 64 * kRowBytes;
-  wgmma_fence();
+  wgmma_fence(sum);
   for (int k = 0; k < kRowBytes; k += 32)
     wgmma_s8<kN>(sum, matrix_descriptor<kRowBytes>(a + k), at_byte(matrix_descriptor<kRowBytes>(b), k), k > 0 || p.c);
   wgmma_commit();
-  wgmma_wait<0>();
+  wgmma_wait<0>(sum);
   store_product(p.out, sum);
 }
 KERNEL(product_s8, 128, SampleParams) {
@@ -67,10 +67,10 @@ DEVICE void whole_product_e4m3(const SampleParams& p) {
   for (int k = 0; k < 2; k++)
     for (int i = 0; i < 4; i++) a[k][i] = ((const uint32_t*)p.a)[(row + i % 2 * 8) * 16 + k * 8 + i / 2 * 4 + word];
   if (p.c) load_product(sum, p.c);
-  wgmma_fence();
+  wgmma_fence(sum, a);
   for (int k = 0; k < 2; k++) wgmma_e4m3<kN>(sum, a[k], matrix_descriptor<64>(shared_address(memory) + 32 * k), k > 0 || p.c);
   wgmma_commit();
-  wgmma_wait<0>();
+  wgmma_wait<0>(sum);
   store_product(p.out, sum);
 }
 KERNEL(product_e4m3, 128, SampleParams) {
@@ -153,7 +153,7 @@ KERNEL(squares, 384, SampleParams) {
     int last = 0;
     for (int i = 0; i < p.n; i++) {
       if (p.which != 1) barrier_wait(name(control->full[at]), parity);
-      wgmma_fence();
+      wgmma_fence(product[i % 2]);
       for (int k = 0; k < 64; k += 32) {
         uint64_t left = matrix_descriptor<64>(start + group * kBytes + k), right = matrix_descriptor<64>(start + (2 + at) * kBytes + k);
         wgmma_s8<64>(product[i % 2], left, right, k > 0);
@@ -163,7 +163,7 @@ KERNEL(squares, 384, SampleParams) {
       if (p.which == 6)
         wgmma_wait<2>();
       else
-        wgmma_wait<1>();
+        wgmma_wait<1>(product[(i + 1) % 2]);
       if (i > 0) {
         if (p.which != 3) give_back(last);
         square(product[(i - 1) % 2]);
@@ -171,7 +171,7 @@ KERNEL(squares, 384, SampleParams) {
       last = at;
       advance();
     }
-    wgmma_wait<0>();
+    wgmma_wait<0>(product);
     if (p.which != 3) give_back(last);
     square(product[(p.n - 1) % 2]);
     uint32_t* out = (uint32_t*)p.out + ((p.which == 5 ? control->item % items : item) * 2 + group) * 4096;
@@ -293,16 +293,24 @@ KERNEL(misuse_products, 256, SampleParams) {
   uint64_t a = matrix_descriptor<64>(start), b = matrix_descriptor<64>(start + 4096);
   if (w == 0) wgmma_s8<64>(sum, a, b, false);
   if (w == 1) {
-    wgmma_fence();
+    wgmma_fence(sum);
     wgmma_s8<64>(sum, a, b, false);
     wgmma_commit();
-    wgmma_wait<0>();
+    wgmma_wait<0>(sum);
     wgmma_s8<64>(sum, a, b, true);
   }
   if (w == 9) matrix_descriptor<64>(start + 16);
   if (w == 10) matrix_descriptor<128>(start + 512);
   if (w == 16) at_byte(b, 48);
-  wgmma_fence();
+  if (w == 17) {
+    wgmma_fence(other, left);
+    wgmma_s8<64>(sum, a, b, false);
+  }
+  if (w == 18) {
+    wgmma_fence(sum, other);
+    wgmma_e4m3<64>(other, left, b, false);
+  }
+  wgmma_fence(sum, other, left);
   if (w == 2) {
     if (t % 128 < 32)
       wgmma_s8<64>(sum, a, b, false);
@@ -315,13 +323,13 @@ KERNEL(misuse_products, 256, SampleParams) {
     wgmma_s8<64>(sum, a, b, false);
     wgmma_commit();
     sum[t / 64][1] = 5;
-    wgmma_wait<0>();
+    wgmma_wait<0>(sum);
   }
   if (w == 6) {
     wgmma_e4m3<64>(other, left, b, false);
     wgmma_commit();
     left[2] += t == 100;
-    wgmma_wait<0>();
+    wgmma_wait<0>(other);
   }
   if (w == 7) {
     wgmma_s8<64>(sum, a, b, false);
@@ -331,7 +339,7 @@ KERNEL(misuse_products, 256, SampleParams) {
   if (w == 11) {
     wgmma_s8<64>(sum, a, matrix_descriptor<64>(start + 16384 - 2048), false);
     wgmma_commit();
-    wgmma_wait<0>();
+    wgmma_wait<0>(sum);
   }
   if (w == 12) wgmma_s8<64>(sum, a, b, false);
   if (w == 13) {
@@ -346,7 +354,15 @@ KERNEL(misuse_products, 256, SampleParams) {
   if (w == 15) {
     if (t != 130) wgmma_s8<64>(sum, a, b, false);
     wgmma_commit();
-    wgmma_wait<0>();
+    wgmma_wait<0>(sum);
+  }
+  if (w == 19 || w == 20) {
+    wgmma_s8<64>(sum, a, b, false);
+    wgmma_commit();
+    wgmma_e4m3<64>(other, left, b, false);
+    wgmma_commit();
+    if (w == 19) wgmma_wait<1>();
+    if (w == 20) wgmma_wait<1>(sum, other[t % 8]);
   }
   ((volatile int*)p.out)[t] = sum[0][0] + (int)other[0][0];
 }

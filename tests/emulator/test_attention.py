@@ -400,6 +400,17 @@ def test_a_bitwise_repeat_on_any_grid(dim, order):
 
 
 @both_dims
+def test_one_block_goes_often_round_its_ring(dim):
+    """A stage that is given back one warp too early is early by one warp more in every round."""
+    q, k, v, kept = inputs(23, 1, 1, 1, 4 * 128, 33 * 64, dim)
+    problem = Problem(q, k, v, kept | True, kernel="sm90")
+    expected, _ = check(problem)
+    for seed in range(4):
+        out, _, _ = problem.run(seed, grid=1)
+        assert torch.equal(out, expected), f"seed {seed}"
+
+
+@both_dims
 def test_the_sequence_says_what_an_item_is(dim):
     q, k, v, kept = inputs(22, 1, 2, 1, 300, 130, dim)
     sequence = torch.tensor([[[1, 1, 0], [2, 0, 2]]], dtype=torch.int16)

@@ -212,6 +212,10 @@ def test_misuse_of_hardware_barriers_and_registers(which, message, seed):
         pytest.param(10, "a matrix starts at 8 rows, or 32, 64 or 96 bytes into the first row, got 512", id="start-at-row-4"),
         pytest.param(16, "a matrix starts at 8 rows, or 32, 64 or 96 bytes into the first row, got 4144", id="odd-step"),
         pytest.param(11, rf"the product of {LINE} reads past the end of shared memory \(16384 bytes\)", id="past-the-end"),
+        pytest.param(17, f"wgmma_fence before the product at {LINE} does not name all of its registers", id="sums-not-named"),
+        pytest.param(18, f"wgmma_fence before the product at {LINE} does not name all of its registers", id="operand-not-named"),
+        pytest.param(19, f"wgmma_wait lets go of the product of {LINE} and does not name its sums", id="sums-not-named-at-the-wait"),
+        pytest.param(20, f"wgmma_wait names the sums of the product of {LINE}, which it does not let go of", id="sums-named-under-way"),
         pytest.param(12, f"ended without waiting for the product of {LINE}", id="never-waited"),
         pytest.param(13, f"ended without waiting for the product of {LINE}", id="never-committed"),
         pytest.param(14, f"threads of one warpgroup have committed or waited for different products before {LINE}", id="one-warp-commits"),
@@ -230,10 +234,10 @@ def test_same_functions_as_the_device():
     """Both files of primitives define the same functions; the device's products, which are written out for each width, by their general form."""
 
     def interface(path) -> set:
-        text = re.sub(r"namespace emulator \{.*?\n\}  // namespace emulator", "", path.read_text(), flags=re.DOTALL)
+        text = re.sub(r"namespace (\w+) \{.*?\n\}  // namespace \1", "", path.read_text(), flags=re.DOTALL)
         text = re.sub(r"//[^\n]*", "", text)
         text = re.sub(r",? ?\bSITE\b(?=\))", "", text)
-        found = re.findall(r"(template <int \w+>\s*)?^DEVICE ([\w*]+ \w+)\(((?:[^()]|\([^()]*\))*)\)\s*[{;]", text, re.MULTILINE)
+        found = re.findall(r"(template <[^<>]+>\s*)?^DEVICE ([\w*]+ \w+)\(((?:[^()]|\([^()]*\))*)\)\s*[{;]", text, re.MULTILINE)
         return {(" ".join(template.split()), head, " ".join(arguments.split())) for template, head, arguments in found}
 
     device, host = interface(emulator.SOURCES / "prim_sm90.cuh"), interface(emulator.HERE / "prim_sm90.cuh")

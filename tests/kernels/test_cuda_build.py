@@ -147,17 +147,10 @@ def test_the_loader_compiles_the_same_bytes(binaries, tmp_path):
 @pytest.mark.parametrize("arch", config.CHECKED)
 def test_inspect_reads_what_the_assembler_says(tool, sources, monkeypatch, arch):
     monkeypatch.setattr(nvrtc, "FLAGS", (*nvrtc.FLAGS, "--ptxas-options=-v"))
-    compiler, logs = nvrtc.open_library(build.pinned_nvrtc()), []
-    plain = compiler._bytes
-
-    def listening(handle, what):
-        logs.append(plain(handle, "ProgramLog").decode())
-        return plain(handle, what)
-
-    monkeypatch.setattr(compiler, "_bytes", listening)
-    found = build.inspect(compiler.compile(nvrtc.program("sample.cu", arch, (("SAMPLE_THREADS", 96),), sources)))
+    compiled = nvrtc.open_library(build.pinned_nvrtc()).compile(nvrtc.program("sample.cu", arch, (("SAMPLE_THREADS", 96),), sources))
+    found = build.inspect(compiled.code)
     for name, threads in (("sample_large", 96), ("sample_small", 1024)):
-        (part,) = re.findall(rf"Function properties for {name}\n(.*?)Compile time", logs[-1], re.S)
+        (part,) = re.findall(rf"Function properties for {name}\n(.*?)Compile time", compiled.log, re.S)
         said = [re.search(pattern, part) for pattern in (r"Used (\d+) registers", r"(\d+) bytes smem", r"(\d+) bytes stack frame")]
         assert dataclasses.astuple(found[name]) == (threads, *(int(m.group(1)) if m else 0 for m in said))
     assert (found["sample_large"].shared, found["sample_large"].local) == (400, 160)
@@ -277,6 +270,61 @@ def test_a_variant_of_one_exact_arch_is_built_for_it_and_stored_with_its_devices
     assert told["cubins"]["sm_90"]["sample"]["arch"] == "sm_90a" and (tmp_path / "out" / "cubins" / "sm_90" / "sample.cubin.z").is_file()
     with pytest.raises(BuildError, match="wgmma"):
         compile_sample(tool, sources, tmp_path / "work", "sm_90")
+
+
+# A product whose second operand is written between the fence and it, as a compiler that knows of no connection may move a write.
+LATE = """
+#define C "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), \\
+          "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15])
+__device__ __forceinline__ void multiply(float (&c)[16], const unsigned (&a)[4], unsigned long long b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+               "{%16, %17, %18, %19}, %20, 1, 1, 1;" : C : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ __forceinline__ void write(unsigned& x) { asm volatile("xor.b32 %0, %0, 1;" : "+r"(x)); }
+extern "C" __global__ void __launch_bounds__(256) sample_large(float* p, unsigned long long b) {
+  float c[16] = {};
+  unsigned a[2][4];
+  for (int i = 0; i < 8; i++) a[i / 4][i % 4] = ((const unsigned*)p)[8 * threadIdx.x + i];
+  if (!SAMPLE_LATE) write(a[1][0]);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  multiply(c, a[0], b);
+  if (SAMPLE_LATE) write(a[1][0]);
+  multiply(c, a[1], b);
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  for (int i = 0; i < 16; i++) p[256 * i + threadIdx.x] = c[i];
+}
+"""
+
+
+def test_a_binary_whose_products_the_assembler_had_to_change_is_refused(tool, sources, tmp_path):
+    (sources / "sample.cu").write_text(LATE)
+
+    def compiled(late: int) -> Built:
+        return compile_sample(tool, sources, tmp_path / "work", "sm_90", symbols=("sample_large",), exact="sm_90a", defines=(("SAMPLE_LATE", late),))
+
+    right = compiled(0)
+    assert nvrtc.remarks(right.log) == () and build.complaints(right) == []
+    late = compiled(1)
+    (remark,) = nvrtc.remarks(late.log)
+    assert "(C7519) warpgroup.arrive is injected" in remark and remark in late.log
+    sentence = "sample for sm_90a: the assembler has changed the matrix products, which no packaged binary may need ("
+    assert [c for c in build.complaints(late) if c.startswith(sentence + remark + "); name every register")] == build.complaints(late) != []
+    with pytest.raises(BuildError, match=r"sample for sm_90a: .*C7519"):
+        build.write([late], tmp_path / "out", about=ABOUT)
+    assert not (tmp_path / "out").exists()
+    assert compiled(1).log == late.log, "a binary that was there before has its log"
+    (tmp_path / "work" / "sm_90" / "sample.log").unlink()
+    assert compiled(1).log == late.log, "a lost log is written again"
+
+
+@pytest.mark.parametrize("dim", config.DIMS)
+def test_the_assembler_leaves_the_products_of_every_candidate_as_they_are(tool, dim):
+    """What is packaged is asked the same by its complaints. The number of stages decides addresses only."""
+    forms = {dataclasses.replace(chosen, stages=0): chosen for chosen in config.hopper_candidates(dim)}.values()
+    variants = tuple(config.hopper_variant(dim, masked, chosen) for chosen in forms for masked in (False, True))
+    found = build.compile_all((config.HOPPER,), ROOT / "build" / "cubins" / f"candidates{dim}", tool=tool, variants=lambda _: variants)
+    assert {b.variant.name: nvrtc.remarks(b.log) for b in found} == {variant.name: () for variant in variants} and len(found) == 18
 
 
 # ---- what is written -----------------------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class Compiler:
         if self.fault or source.arch.rstrip("a") not in self._archs:
             raise nvrtc.CompilerError(self.fault or f"NVRTC {self.version} cannot compile for {source.arch}")
         self.compiled.append((source.name, source.arch, source.defines))
-        return f"code of {source.digest} by {self.version}".encode()
+        return nvrtc.Compiled(f"code of {source.digest} by {self.version}".encode(), "a remark")
 
 
 class FakeDriver:
@@ -538,6 +538,63 @@ def test_compiler_refusals_are_sentences(tmp_path):
     for arch in ("sm_103", "sm_100a"):
         with pytest.raises(nvrtc.CompilerError, match=rf"NVRTC 12.8 \(lib\) cannot compile for {arch}; install a torch built for a newer CUDA"):
             nvrtc.open_library("lib", lambda _: Nvrtc()).compile(nvrtc.program("toy.cuh", arch, (), tmp_path))
+
+
+class Willing(Nvrtc):
+    """Compiles everything, and says `log`."""
+
+    def __init__(self, log=""):
+        super().__init__()
+        self.options, self.alive = [], 0
+        self.texts = {"ProgramLog": log.encode() + b"\0", "CUBIN": b"a binary\0\0", "PTX": b"a text\0"}
+
+    def __getattr__(self, name):
+        what = name.removeprefix("nvrtcGet")
+        if what.removesuffix("Size") not in self.texts:
+            raise AttributeError(name)
+        text = self.texts[what.removesuffix("Size")]
+
+        def size(handle, out):
+            out._obj.value = len(text)
+            return 0
+
+        def copy(handle, data):
+            data[: len(text)] = text
+            return 0
+
+        return size if what.endswith("Size") else copy
+
+    def nvrtcCreateProgram(self, handle, *rest):
+        self.alive += 1
+        return 0
+
+    def nvrtcCompileProgram(self, handle, count, options):
+        self.options += [option.decode() for option in options]
+        return 0
+
+    def nvrtcDestroyProgram(self, handle):
+        self.alive -= 1
+        return 0
+
+
+@pytest.mark.parametrize("log", ["", "line one\nptxas info : (C7510) line two"], ids=["silent", "talks"])
+def test_what_a_successful_compilation_says_is_kept(tmp_path, log):
+    lay(tmp_path, "toy.cuh")
+    library = Willing(log)
+    compiled = nvrtc.open_library("lib", lambda _: library).compile(nvrtc.program("toy.cuh", "sm_90a", (), tmp_path))
+    assert compiled == nvrtc.Compiled(b"a binary\0\0", log) and library.alive == 0
+    assert nvrtc.remarks(compiled.log) == (("ptxas info : (C7510) line two",) if log else ())
+
+
+def test_a_virtual_architecture_gives_text(tmp_path):
+    lay(tmp_path, "toy.cuh")
+    library = Willing("words")
+    compiler = nvrtc.open_library("lib", lambda _: library)
+    for arch in ("compute_80", "compute_90a"):
+        assert compiler.compile(nvrtc.program("toy.cuh", arch, (), tmp_path)) == nvrtc.Compiled(b"a text", "words")
+        assert f"--gpu-architecture={arch}" in library.options
+    with pytest.raises(nvrtc.CompilerError, match=r"NVRTC 12.8 \(lib\) cannot compile for compute_103; install a torch built for a newer CUDA"):
+        compiler.compile(nvrtc.program("toy.cuh", "compute_103", (), tmp_path))
 
 
 def test_search_goes_through_torchs_folder_then_the_systems_names(monkeypatch, tmp_path):

@@ -255,17 +255,17 @@ DEVICE void consume(const AttentionParams& p, int warpgroup) {
       if (is_first_lane()) barrier_arrive(empty(stage_of(tile)));
     };
 
-    // Issues P V of the tile at hand, of two parts the second after the first is done.
-    auto issue_values = [&](const Weighed& w, float (&product)[kLastTiles][4]) {
-      wgmma_fence();
+    // Issues P V of the tile at hand, of two parts the second after the first is done. Q K^T of the next one may follow without a fence of its own.
+    auto issue_values = [&](Weighed& w, float (&product)[kLastTiles][4]) {
       if constexpr (kParts == 2) {
         float first[kPartTiles][4];
+        wgmma_fence(first, w.weights);
         multiply_values(first, w.weights, place_of_v(stage_of(tile)), 0);
         wgmma_commit();
-        wgmma_wait<0>();
+        wgmma_wait<0>(first);
         add_part(o, first, w.decay, 0);
-        wgmma_fence();
       }
+      wgmma_fence(product, w.weights, acc);
       multiply_values(product, w.weights, place_of_v(stage_of(tile)), kParts - 1);
       wgmma_commit();
     };
@@ -273,10 +273,10 @@ DEVICE void consume(const AttentionParams& p, int warpgroup) {
     if (tiles > 0) {
       Weighed now;
       barrier_wait(full(stage_of(tile)), parity_of(tile));
-      wgmma_fence();
+      wgmma_fence(acc);
       multiply_keys(acc, q(), place_of_k(stage_of(tile)));
       wgmma_commit();
-      wgmma_wait<0>();
+      wgmma_wait<0>(acc);
       const int blocks_of_last = (count - 1) % kTileBlocks + 1;
       if (kOverlap) softmax(tiles > 1 ? kTileBlocks : blocks_of_last, stage_of(tile), now);
       for (int left = tiles - 1;; left--) {
@@ -288,25 +288,27 @@ DEVICE void consume(const AttentionParams& p, int warpgroup) {
           Weighed after;
           if (!now.kept) nothing(now);
           barrier_wait(full(next), parity_of(tile + 1));
-          wgmma_fence();
-          multiply_keys(acc, q(), place_of_k(next));
-          wgmma_commit();
+          auto issue_both = [&](auto& values) {
+            wgmma_fence(acc, values, now.weights);
+            multiply_keys(acc, q(), place_of_k(next));
+            wgmma_commit();
+            multiply_values(values, now.weights, place_of_v(stage_of(tile)), 0);
+            wgmma_commit();
+          };
           if constexpr (kParts == 2) {
             float first[kPartTiles][4];
-            multiply_values(first, now.weights, place_of_v(stage_of(tile)), 0);
-            wgmma_commit();
-            wgmma_wait<0>();
+            issue_both(first);
+            wgmma_wait<0>(acc, first);
             add_part(o, first, now.decay, 0);
-            wgmma_fence();
+            wgmma_fence(product, now.weights);
             multiply_values(product, now.weights, place_of_v(stage_of(tile)), 1);
             wgmma_commit();
           } else {
-            multiply_values(product, now.weights, place_of_v(stage_of(tile)), 0);
-            wgmma_commit();
-            wgmma_wait<1>();
+            issue_both(product);
+            wgmma_wait<1>(acc);
           }
           softmax(left > 1 ? kTileBlocks : blocks_of_last, next, after);
-          wgmma_wait<0>();
+          wgmma_wait<0>(product);
           free_stage();
           add_part(o, product, now.decay, kParts - 1);
           add_sums(rows, product, now.decay);
@@ -320,25 +322,25 @@ DEVICE void consume(const AttentionParams& p, int warpgroup) {
             multiply_keys(acc, q(), place_of_k(next));
             wgmma_commit();
             pass_turn();
-            wgmma_wait<1>();
+            wgmma_wait<1>(product);
             free_stage();
             add_part(o, product, now.decay, kParts - 1);
             add_sums(rows, product, now.decay);
           } else {
-            wgmma_fence();
+            wgmma_fence(acc);
             multiply_keys(acc, q(), place_of_k(next));
             wgmma_commit();
             pass_turn();
             free_stage();
           }
-          wgmma_wait<0>();
+          wgmma_wait<0>(acc);
         }
         tile++;
       }
       if (now.kept) {
         float product[kLastTiles][4];
         issue_values(now, product);
-        wgmma_wait<0>();
+        wgmma_wait<0>(product);
         add_part(o, product, now.decay, kParts - 1);
         add_sums(rows, product, now.decay);
       }
@@ -346,6 +348,9 @@ DEVICE void consume(const AttentionParams& p, int warpgroup) {
       tile++;
     }
     const Item item = item_facts.item;
+    // Of the facts the scales come by a bulk copy. The one for a later item is not held back by this thread's own loads of them, however the barriers
+    // order the two, unless the thread fences first: it might read a scale of that item.
+    fence_async();
     sync_warp();  // all lanes have read the item's facts
     if (is_first_lane()) barrier_arrive(q_empty(slot_of(turn)));
     turn++;
