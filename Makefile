@@ -42,7 +42,7 @@ serve: setup
 	@$(RUN) tests/comfyui/serve.py
 
 gpu: $(if $(filter $(RUN),$(GPU_PYTHON)),setup)
-	@$(GPU_PYTHON) tests/bench/bench_gpu.py $(if $(ONLY),--only "$(ONLY)") $(if $(AGAIN),--again)
+	@$(GPU_PYTHON) tests/bench/bench_gpu.py $(if $(ONLY),--only "$(ONLY)") $(if $(AGAIN),--again) $(if $(RESULTS),--results "$(RESULTS)")
 
 gpu-carry: setup
 	@$(RUN) tests/bench/bench_gpu.py --carry

@@ -104,11 +104,13 @@ class Held:
         Variant -> (binary or PTX, where it came from), or None.
     own : bool
         Whether only `code` may serve.
+    kernels : dict, optional
+        What is loaded, by variant: shared by machines that differ in `pv` alone.
     """
 
-    def __init__(self, machine, arch: str, pv: str, code: Callable, *, own: bool):
+    def __init__(self, machine, arch: str, pv: str, code: Callable, *, own: bool, kernels: dict | None = None):
         self.machine, self.arch, self.pv, self.note = machine, arch, pv, ""
-        self._code, self._own, self._kernels = code, own, {}
+        self._code, self._own, self._kernels = code, own, {} if kernels is None else kernels
 
     def __getattr__(self, name: str):
         return getattr(self.machine, name)
@@ -132,11 +134,10 @@ class Held:
     def _load(self, variant):
         if variant.name not in self._kernels:
             found = self._code(variant)
-            self._kernels[variant.name] = None
             if found is not None:
                 code, origin = found
-                loaded = driver.driver().load(code, self.machine.index, variant.symbols, f"{variant.name}, {origin}")
-                self._kernels[variant.name] = loaded
+                found = driver.driver().load(code, self.machine.index, variant.symbols, f"{variant.name}, {origin}")
+            self._kernels[variant.name] = found
         return self._kernels[variant.name]
 
 
@@ -204,8 +205,10 @@ def packaged(here: Here, which: str) -> dict:
 
 def ptx(here: Here, arch: str) -> dict:
     """The PTX of another architecture's kernels, compiled by this GPU's driver, against the reference."""
-    machines = [Held(here.machine, arch, pv, gpu_carry.Shelf("ptx", arch).code, own=True) for pv in config.forms(arch)]
-    gpu_carry.at_once([lambda m=m, v=v: m.missing((v,)) for m in machines for v in variants_of(m)])
+    loaded, code = {}, gpu_carry.Shelf("ptx", arch).code
+    machines = [Held(here.machine, arch, pv, code, own=True, kernels=loaded) for pv in config.forms(arch)]
+    every = {variant: used for used in machines for variant in variants_of(used)}
+    gpu_carry.at_once([lambda v=v, used=used: used.missing((v,)) for v, used in every.items()])  # a driver compiles one in seconds
     return checked(here, machines)
 
 

@@ -252,7 +252,7 @@ def test_the_first_compiler_that_can_compiles(monkeypatch):
         def compile(program):
             if isinstance(answer, str):
                 raise nvrtc.CompilerError(answer)
-            return answer + program.arch.encode()
+            return nvrtc.Compiled(answer + program.arch.encode(), "")
 
         return SimpleNamespace(archs=lambda: archs, compile=compile)
 
