@@ -104,10 +104,27 @@ def test_centre_is_the_mean_of_one_unmasked_key_of_each_16(rand, s):
         torch.testing.assert_close(masked[b, :, 0], mean)
 
 
+@pytest.mark.parametrize("s", [*range(1, 40), 1000, 4096, 4111])
+def test_every_group_of_16_has_one_key_but_the_last_which_may_be_cut_short(s):
+    chosen = quantize.sampled_keys(s, torch.device("cpu"))
+    groups = (chosen // 16).tolist()
+    assert chosen.dtype == torch.int64 and groups == list(range(len(groups))) and len(groups) - s // 16 in (0, 1)
+    assert chosen[0] == 0 and chosen[-1] < s
+
+
 def test_places_of_the_largest_groups_do_not_overflow():
-    groups = [0, 1, 4095, 65535, 65536, 262143]
-    assert quantize.place_in_group(torch.tensor(groups)).tolist() == [quantize.place_in_group(g) for g in groups]
-    assert [quantize.place_in_group(g) for g in groups] == [g * g * 1126333 // 2**20 % 16 for g in groups]
+    """Of the last groups of 2 ** 31 tokens; the product passes 2 ** 63."""
+    groups = torch.arange(2**27 - 999, 2**27)
+    expected = [g * g * 1126333 // 2**20 % 16 for g in groups.tolist()]
+    assert quantize.place_in_group(groups).tolist() == [quantize.place_in_group(g) for g in groups.tolist()] == expected
+
+
+def test_the_centre_compiles_for_any_length():
+    torch.compiler.reset()
+    compiled = torch.compile(quantize.key_centre, fullgraph=True, dynamic=True, backend="eager")
+    for s in (100, 117, 333, 4096):
+        k = torch.randn(1, 2, s, 8, generator=torch.Generator().manual_seed(s))
+        assert torch.equal(compiled(k), quantize.key_centre(k))
 
 
 def off_centre(chosen: torch.Tensor, length: int, width: int) -> float:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from sparge_kernels import BlockMask, reference
+from sparge_kernels import BlockMask, quantize, reference
 
 
 @pytest.mark.parametrize("causal, offset", [(False, 0), (True, 0), (True, -70), (True, 90)])
@@ -126,6 +126,19 @@ def test_int8_scores_centre_k_and_give_the_true_lse(rand):
     a, b = (float((x - truth).norm() / truth.norm()) for x in (smooth, rough))
     assert a < 0.03 < 5 * a < b
     assert (smooth_lse - true_lse).abs().max() < 0.1 and true_lse.abs().max() > 20
+
+
+@pytest.mark.parametrize("s_k", [9, 300, 304])
+def test_int8_scores_are_those_of_quantize(rand, s_k):
+    """Keys that are alike but for the sampled ones, which are far away: any other sample would give another centre, and another scale."""
+    q, k, v = rand(0, 1, 1, 40, 64), rand(1, 1, 1, s_k, 64), rand(2, 1, 1, s_k, 64)
+    k[:, :, quantize.sampled_keys(s_k, k.device)] += 30 * rand(3, 64)
+    centre = quantize.key_centre(k)
+    q8, k8 = quantize.quantize_q(q).dequantize(), quantize.quantize_k(k, centre).dequantize()
+    expected, lse, _ = reference.attention(q8, k8, v)
+    got, true_lse, _ = reference.attention(q, k, v, qk="int8")
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(true_lse, lse + 64**-0.5 * (q.double() * centre.double()).sum(-1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", [dict(qk="int8", pv="int8"), dict(qk="int8", pv="fp8")], ids=str)
