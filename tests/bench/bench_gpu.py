@@ -208,7 +208,15 @@ class Run:
         return name in self.result["steps"]
 
     def all(self, wanted: list[Step]) -> bool:
-        """Runs the steps that an earlier run has not settled; False when the GPU was lost on the way."""
+        """Runs the steps that an earlier run has not settled; False when the GPU was lost on the way. Leaves no process, however it ends."""
+        try:
+            return self._all(wanted)
+        finally:
+            for running in self.running:
+                end(running.process)
+                running.files.cleanup()
+
+    def _all(self, wanted: list[Step]) -> bool:
         for name in [s.name for s in wanted if self.done(s.name) and self.result["steps"][s.name]["status"] not in FINAL]:
             del self.result["steps"][name]
         pending = [step for step in wanted if not self.done(step.name)]
@@ -236,10 +244,7 @@ class Run:
                 self.keep(running.step.name, entry)
                 running.files.cleanup()
             if hung and not self._still_there():
-                for running in self.running:
-                    end(running.process)
-                self.running.clear()
-                for step in pending:
+                for step in (*(running.step for running in self.running), *pending):
                     self.keep(step.name, _entry(NO_TIME, "the GPU does not answer any more since the step before; run this again on a fresh one"))
                 return False
         return True
@@ -338,6 +343,7 @@ def impatient(rehearsal: str, wanted: list[Step]) -> list[Step]:
 
 def supervise(options: argparse.Namespace) -> int:
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside; the result so far is kept, the same command goes on"))
     rehearsal = ["--rehearse", options.rehearse] if options.rehearse is not None else []
 
     def command(step: Step, into: Path, limit: float) -> list[str]:

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -388,6 +389,10 @@ def main(options: argparse.Namespace) -> int:
     """Runs one step, writes {"reason", "result"} to options.result, and ends the process with the status that says how it went."""
     faulthandler.enable()
     faulthandler.dump_traceback_later(max(1.0, options.limit - bench_gpu.LAST_SECONDS))
+    # For a supervisor that was itself killed: nobody else would end this process.
+    alone = threading.Timer(options.limit + bench_gpu.LAST_SECONDS, lambda: os._exit(1))
+    alone.daemon = True
+    alone.start()
     kept = {"reason": None, "result": None}
 
     def keep(result: dict) -> None:

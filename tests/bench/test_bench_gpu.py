@@ -113,6 +113,22 @@ def test_nothing_more_is_tried_on_a_gpu_that_is_lost(run, monkeypatch):
     assert "does not answer any more" in steps["slow"]["reason"] and json.loads(one.file.read_text()) == one.result
 
 
+@posix
+def test_an_interrupted_run_leaves_no_process(run, monkeypatch):
+    one, started = run(jobs=2), []
+    begin, sleep = bench_gpu.start, time.sleep
+
+    def interrupted(seconds):
+        monkeypatch.setattr(bench_gpu.time, "sleep", sleep)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_gpu, "start", lambda *given: started.append(begin(*given)) or started[-1])
+    monkeypatch.setattr(bench_gpu.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        one.all([toy("hangs", beside=True), toy("hangs with a child", beside=True)])
+    assert len(started) == 2 and all(running.process.returncode == -9 for running in started)
+
+
 def test_the_deadline_holds_and_a_later_run_goes_on(run):
     one = run(seconds=30.0)
     assert one.all([toy("good"), bench_gpu.Step("slow", 30, 60)])
