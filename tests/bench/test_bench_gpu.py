@@ -41,7 +41,7 @@ TOYS = {
     "raises": "raise ValueError('as it were')",
     "dies": "os.kill(os.getpid(), 11)",
     "hangs": "tell({'half': 1}); signal.signal(15, signal.SIG_IGN); time.sleep(600)",
-    "hangs with a child": "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); tell({'child': child.pid}); child.wait()",
+    "hangs with a child": "one = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); tell({'child': one.pid}); one.wait()",
     "floods": "[print('x' * 100) for _ in range(50000)]; tell({'n': 2})",
     "slow": "time.sleep(.6); tell({'n': 3})",
     "alive": "sys.exit(0)",
