@@ -73,9 +73,12 @@ class BlockMask:
         if device in self._maps:
             return self._maps[device]
         made = self.to_dense().to(device)
-        if keep:
+        if keep and type(made) is Tensor:  # a tensor that only stands for one, as while a compiler looks, is of no use to a later call
             self._maps[device] = made
         return made
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_maps": {}}
 
     @property
     def density(self) -> Tensor:

@@ -83,7 +83,7 @@ def wrong_commands(text: str, folder: Path, tracked: set[str]) -> list[str]:
     for line in code_of(text):
         words = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line).replace('"', " ").split()
         if words[:1] == ["make"]:
-            wrong += [f"make {word}" for word in words[1:] if not re.match(r"[A-Z]+=", word) and word not in targets]
+            wrong += [f"make {word}" for word in words[1:] if not re.match(r"[A-Z_]+=", word) and word not in targets]
         if words[:1] and words[0].endswith("python"):
             wrong += wrong_python(words[1:], folder)
         wrong += [f"no path {word}" for word in words if not known_path(word.lstrip("(").rstrip(".,;:)"), folder, tracked)]
@@ -120,7 +120,7 @@ def variables() -> set[str]:
     """Every environment variable that the code or the Makefile reads."""
     sources = [ROOT / "Makefile", ROOT / "kernels" / "environment.py", ROOT / "tests" / "comfyui" / "install.py", ROOT / "tests" / "conftest.py"]
     text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
-    return set(re.findall(r'environ\.get\("(\w+)"', text)) | set(re.findall(r"\$\((?:if \$\()?([A-Z]+)", text)) | OUTSIDE
+    return set(re.findall(r'environ\.get\("(\w+)"', text)) | set(re.findall(r"\$\((?:if \$\()?([A-Z_]+)", text)) | OUTSIDE
 
 
 def wrong_variables(text: str) -> list[str]:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import gpu_run
 import torch
 from bench_torch import machine as host
 from sparge_kernels import __version__, config
@@ -19,10 +20,13 @@ _SMI = "driver_version,power.limit,power.draw,clocks.sm,clocks.mem,clocks.max.sm
 
 
 def commit() -> str:
-    """What git says of the sources; of a copy without git what `bench_gpu.py --carry` noted; or "unknown"."""
+    """What git says of the sources; of a copy without git what `bench_gpu.py --carry` noted of the same ones; or "unknown"."""
     noted = ROOT / ".gpu" / "commit"
     told = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
-    return told or (noted.read_text(encoding="utf-8").strip() if noted.is_file() else "unknown")
+    if told or not noted.is_file():
+        return told or "unknown"
+    commit, _, digest = noted.read_text(encoding="utf-8").strip().partition(" ")
+    return commit if digest == gpu_run.sources() else "unknown"
 
 
 def smi(device: torch.device) -> dict[str, str]:

@@ -158,7 +158,7 @@ def pretended() -> Iterator[Callable]:
         for name, value in names.items():
             setattr(owner, name, value)
     try:
-        yield lambda keep, bad: gpu_steps.Here(CPU, machine, lambda: clock, keep, bad, ("--rehearse", ""))
+        yield lambda keep, bad, limit: gpu_steps.Here(CPU, machine, lambda: clock, keep, bad, ("--rehearse", ""), limit)
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)

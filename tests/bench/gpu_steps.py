@@ -21,9 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import bench_gpu
-
-ROOT = bench_gpu.ROOT
+import gpu_run
+from gpu_run import ROOT, say
 
 
 def ensure_package() -> None:
@@ -45,14 +44,16 @@ import bench_report  # noqa: E402
 import bench_shapes  # noqa: E402
 import bench_timing  # noqa: E402
 import gpu_carry  # noqa: E402
+import gpu_machines  # noqa: E402
 import sanitize  # noqa: E402
 import torch  # noqa: E402
 from sparge_kernels import config  # noqa: E402
 from sparge_kernels.backends import cuda as backend  # noqa: E402
-from sparge_kernels.cuda import driver  # noqa: E402
 
-MODELS = {"wan14b": 45, "flux": 30, "mochi": 35, "hunyuan": 75}
-"""Models at full size, and the seconds that one takes at least on an H200, estimated."""
+MODELS = {"wan14b": 65, "flux": 30, "mochi": 40, "hunyuan": 110}
+"""Models at full size, and the seconds that one takes on an H200, estimated."""
+LAST_SECONDS = 3.0
+"""How long before its limit a step says where it stands."""
 COMPARED = (*bench_hopper.SHORT, bench_hopper.SHAPES[2])
 """Calls on which Hopper's candidates are timed: both head sizes, and the longest."""
 FAULTS = ("CUDA error", "cuLaunchKernel", "cuStreamSynchronize")
@@ -79,6 +80,8 @@ class Here:
         Earlier steps that did not end well.
     rehearsal : tuple of str
         Arguments that a process which runs this program again must be given too.
+    limit : float
+        Seconds that the step has in all.
     """
 
     device: torch.device
@@ -87,87 +90,12 @@ class Here:
     keep: Callable[[dict], None]
     bad: tuple[str, ...] = ()
     rehearsal: tuple[str, ...] = ()
-
-
-# ---- machines that run other binaries than the loader's own choice
-
-
-class Held:
-    """A machine that runs binaries which somebody hands over; what they do not have, the machine's own loader looks for.
-
-    Parameters
-    ----------
-    machine : backend.Machine
-    arch : str
-        Whose kernels these are; the GPU may be another one.
-    pv : str
-    code : callable
-        Variant -> (binary or PTX, where it came from), or None.
-    own : bool
-        Whether only `code` may serve.
-    kernels : dict, optional
-        What is loaded, by variant: shared by machines that differ in `pv` alone.
-    """
-
-    def __init__(self, machine, arch: str, pv: str, code: Callable, *, own: bool, kernels: dict | None = None):
-        self.machine, self.arch, self.pv, self.note = machine, arch, pv, ""
-        self._code, self._own, self._kernels = code, own, {} if kernels is None else kernels
-
-    def __getattr__(self, name: str):
-        return getattr(self.machine, name)
-
-    def missing(self, variants) -> str | None:
-        others = []
-        for variant in variants:
-            try:
-                if self._load(variant) is None:
-                    others.append(variant)
-            except (gpu_carry.Missing, driver.Refused) as error:
-                return str(error)
-        if others and self._own:
-            return f"there is no binary of {', '.join(v.name for v in others)}"
-        return self.machine.missing(tuple(others)) if others else None
-
-    def kernel(self, variant, symbol):
-        loaded = self._load(variant)
-        return self.machine.kernel(variant, symbol) if loaded is None else loaded[symbol]
-
-    def _load(self, variant):
-        if variant.name not in self._kernels:
-            found = self._code(variant)
-            if found is not None:
-                code, origin = found
-                found = driver.driver().load(code, self.machine.index, variant.symbols, f"{variant.name}, {origin}")
-            self._kernels[variant.name] = found
-        return self._kernels[variant.name]
-
-
-class Watched:
-    """A machine that notes which kernels ran."""
-
-    def __init__(self, machine):
-        self.machine, self.ran = machine, set()
-
-    def __getattr__(self, name: str):
-        return getattr(self.machine, name)
-
-    def kernel(self, variant, symbol):
-        self.ran.add((variant.name, symbol))
-        return self.machine.kernel(variant, symbol)
+    limit: float = 60.0
 
 
 def own(here: Here, pv: str):
     """The machine with P and V held as `pv`."""
     return here.machine if pv == here.machine.pv else backend.Machine(here.machine.index, here.machine.arch, pv)
-
-
-def expected(arch: str, pvs: tuple[str, ...]) -> set[tuple[str, str]]:
-    """(variant, kernel) of everything that calls with these forms can launch on `arch`."""
-    attention = {config.attention_variant(arch, dim, pv, masked) for dim in config.DIMS for pv in pvs for masked in (False, True)}
-    before = {v for v in config.variants(arch) if not any(s.startswith("sparge_attention") for s in v.symbols)}
-    found = {(v.name, symbol) for v in attention | before for symbol in v.symbols}
-    drawn = any(config.on_hopper_kernel(arch, pv) for pv in pvs)
-    return found if drawn else {(name, symbol) for name, symbol in found if symbol != "sparge_sequence"}
 
 
 # ---- the steps
@@ -200,40 +128,34 @@ def build_step(here: Here, _: str) -> dict:
 def packaged(here: Here, which: str) -> dict:
     """`pv` or `arch pv`: every packaged kernel of that form that this GPU can load, against the reference."""
     arch, _, pv = which.rpartition(" ")
-    used = own(here, pv) if not arch else Held(here.machine, arch, pv, lambda variant: gpu_carry.packaged(arch, variant), own=True)
+    used = own(here, pv) if not arch else gpu_machines.Held(here.machine, arch, pv, lambda variant: gpu_carry.packaged(arch, variant), own=True)
     return checked(here, [used])
 
 
 def ptx(here: Here, arch: str) -> dict:
     """The PTX of another architecture's kernels, compiled by this GPU's driver, against the reference."""
     loaded, code = {}, gpu_carry.Shelf("ptx", arch).code
-    machines = [Held(here.machine, arch, pv, code, own=True, kernels=loaded) for pv in config.forms(arch)]
-    every = {variant: used for used in machines for variant in variants_of(used)}
+    machines = [gpu_machines.Held(here.machine, arch, pv, code, own=True, kernels=loaded) for pv in config.forms(arch)]
+    every = {variant: used for used in machines for variant in gpu_machines.variants_of(used)}
     gpu_carry.at_once([lambda v=v, used=used: used.missing((v,)) for v, used in every.items()])  # a driver compiles one in seconds
     return checked(here, machines)
-
-
-def variants_of(machine) -> list[config.Variant]:
-    names = {name for name, _ in expected(machine.arch, (machine.pv,))}
-    attention = [config.attention_variant(machine.arch, dim, machine.pv, masked) for dim in config.DIMS for masked in (False, True)]
-    return [v for v in dict.fromkeys([*config.variants(machine.arch), *attention]) if v.name in names]
 
 
 def checked(here: Here, machines: list) -> dict:
     """Nasty small calls on every machine, and which of its kernels they ran."""
     found = {"checks": [], "kernels": 0, "of": 0, "missing": []}
     for used in machines:
-        reason = used.missing(tuple(variants_of(used)))
+        reason = used.missing(tuple(gpu_machines.variants_of(used)))
         if reason is not None:
             raise RuntimeError(reason)
-        watched = Watched(used)
+        watched = gpu_machines.Watched(used)
         with bench_timing.using(watched):
             for check in bench_check.nasty(used.pv, here.device, bench_check.tiles_of(used)):
                 found["checks"].append(vars(check))
                 if not check.good:
-                    bench_gpu.say(str(check))
+                    say(str(check))
                 here.keep(found)
-        there = expected(used.arch, (used.pv,))
+        there = gpu_machines.expected(used.arch, (used.pv,))
         found["kernels"] += len(watched.ran & there)
         found["of"] += len(there)
         found["missing"] += sorted(f"{name}, {symbol}" for name, symbol in there - watched.ran)
@@ -262,14 +184,16 @@ def measured(here: Here, shape: bench_shapes.Shape, effort: bench.Effort) -> dic
     reason = bench.room(shape, here.device)
     if reason is not None:
         raise Refused(f"{shape.name}: {reason}")
-    bench.measured(found, shape, None, (here.machine,), here.clock(), here.device, effort=effort, flat=True)
+    reason = bench.measured(found, shape, None, (here.machine,), here.clock(), here.device, effort=effort, flat=True)
+    if reason is not None:
+        raise torch.OutOfMemoryError(f"{shape.name}: {reason}")
     return found
 
 
 def candidates_of(here: Here) -> dict[str, bench_hopper.Candidate]:
     """Ways to build Hopper's kernel, by label."""
     fp8 = own(here, "fp8")
-    held = Held(fp8, config.HOPPER, "fp8", gpu_carry.Shelf("candidates", config.HOPPER).code, own=False)
+    held = gpu_machines.Held(fp8, config.HOPPER, "fp8", gpu_carry.Shelf("candidates", config.HOPPER).code, own=False)
     return bench_hopper.candidates(held, short=True)
 
 
@@ -311,16 +235,28 @@ def sanitizer(here: Here, tool: str) -> dict:
     if tool == "probe":
         program = [str(Path(__file__).with_name("sanitizer_probe.py"))]
     else:
-        program = [bench_gpu.__file__, "--step", "sanitized", "--result", os.devnull, "--limit", "1e6", *here.rehearsal]
+        program = [str(Path(__file__).with_name("bench_gpu.py")), "--step", "sanitized", "--result", os.devnull, "--limit", "1e6", *here.rehearsal]
     ours = ["--kernel-name", "kns=sparge_"] if tool in ("memcheck", "synccheck", "racecheck") else []  # initcheck must see what PyTorch writes
     command = [path, "--tool", "memcheck" if tool == "probe" else tool, *ours, "--error-exitcode", "1", sys.executable, *program]
     # Each tensor an allocation of its own, so that an access beyond it is seen.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env)
-    bench_gpu.say(done.stdout[-20000:])
-    found = sanitize.read(done.stdout, done.returncode)
-    if tool == "probe" and found["errors"]:
-        raise Refused(f"compute-sanitizer does not work on this machine: {(found['lines'] or ['it printed nothing'])[-1]}")
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        running = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+        try:
+            status = running.wait(15 if tool == "probe" else here.limit - 12)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            status = None
+        log.seek(0)
+        output = log.read()
+    say(output[-20000:])
+    found = sanitize.read(output, status)
+    if tool == "probe" and (status != 0 or found["errors"]):
+        why = "it did not end in time" if status is None else (found["lines"] or ["it printed nothing"])[-1]
+        raise Refused(f"compute-sanitizer does not work on this machine: {why}")
+    here.keep(found)
+    if status is None and not found["errors"]:
+        raise RuntimeError(f"it was not through after {here.limit - 12:.0f} s: {found['calls']} calls without an error")
     return found
 
 
@@ -349,10 +285,16 @@ def model(here: Here, key: str) -> dict:
     small = ["--tiny"] if here.device.type == "cpu" else []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "model.json"
-        bench_models.main(["--models", key, "--steps", "1", "--topk", ".5,.25", "--out", str(out), *small])
+        try:
+            bench_models.main(["--models", key, "--steps", "1", "--topk", ".5,.25", "--out", str(out), *small])
+        except SystemExit as error:  # there is no ComfyUI
+            raise Refused(str(error)) from error
+        if not out.is_file():
+            raise RuntimeError("bench_models.py measured nothing; it says why above")
         found = json.loads(out.read_text(encoding="utf-8"))
+    reasons = "; ".join(item["reason"] for item in found["skipped"])
     if not found["rows"]:
-        raise Refused("; ".join(item["reason"] for item in found["skipped"]))
+        raise torch.OutOfMemoryError(reasons) if "did not fit" in reasons else Refused(reasons)
     return found
 
 
@@ -388,19 +330,19 @@ def wrong(result: dict) -> str | None:
 def main(options: argparse.Namespace) -> int:
     """Runs one step, writes {"reason", "result"} to options.result, and ends the process with the status that says how it went."""
     faulthandler.enable()
-    faulthandler.dump_traceback_later(max(1.0, options.limit - bench_gpu.LAST_SECONDS))
+    faulthandler.dump_traceback_later(max(1.0, options.limit - LAST_SECONDS))
     # For a supervisor that was itself killed: nobody else would end this process.
-    alone = threading.Timer(options.limit + bench_gpu.LAST_SECONDS, lambda: os._exit(1))
+    alone = threading.Timer(options.limit + LAST_SECONDS, lambda: os._exit(1))
     alone.daemon = True
     alone.start()
     kept = {"reason": None, "result": None}
 
     def keep(result: dict) -> None:
         kept["result"] = result
-        bench_gpu.write(options.result, kept)
+        gpu_run.write(options.result, kept)
 
     word, _, rest = options.step.partition(" ")
-    status = bench_gpu.FAILED
+    status = gpu_run.FAILED
     with contextlib.ExitStack() as stack:
         try:
             found = here
@@ -409,22 +351,22 @@ def main(options: argparse.Namespace) -> int:
 
                 found = stack.enter_context(gpu_rehearsal.pretended())
                 gpu_rehearsal.inject(options.rehearse, options.step)
-            result = STEPS[word](found(keep, tuple(json.loads(options.bad))), rest)
+            result = STEPS[word](found(keep, tuple(json.loads(options.bad)), options.limit), rest)
             keep(result)
             kept["reason"] = wrong(result)
-            status = bench_gpu.WRONG if kept["reason"] else bench_gpu.OK
+            status = gpu_run.WRONG if kept["reason"] else gpu_run.OK
         except Refused as error:
-            status, kept["reason"] = bench_gpu.NOT_HERE, str(error)
+            status, kept["reason"] = gpu_run.NOT_HERE, str(error)
         except bench.Wrong as error:
-            status, kept["reason"] = bench_gpu.WRONG, str(error)
+            status, kept["reason"] = gpu_run.WRONG, str(error)
         except torch.OutOfMemoryError as error:
-            status, kept["reason"] = bench_gpu.MEMORY, str(error).strip().split("\n")[0]
+            status, kept["reason"] = gpu_run.MEMORY, str(error).strip().split("\n")[0]
         except Exception as error:
             traceback.print_exc()
             text = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:400]
-            status, kept["reason"] = bench_gpu.FAULT if any(word in text for word in FAULTS) else bench_gpu.FAILED, text
-        bench_gpu.write(options.result, kept)
-    code = next((code for code, name in bench_gpu.EXITS.items() if name == status), 1)
+            status, kept["reason"] = gpu_run.FAULT if any(word in text for word in FAULTS) else gpu_run.FAILED, text
+        gpu_run.write(options.result, kept)
+    code = next((code for code, name in gpu_run.EXITS.items() if name == status), 1)
     sys.stdout.flush()
     sys.stderr.flush()
     if word != "sanitized":  # compute-sanitizer reports when the process ends as others do
@@ -432,7 +374,7 @@ def main(options: argparse.Namespace) -> int:
     return code
 
 
-def here(keep: Callable[[dict], None], bad: tuple[str, ...]) -> Here:
+def here(keep: Callable[[dict], None], bad: tuple[str, ...], limit: float) -> Here:
     """This process's GPU.
 
     Raises
@@ -445,4 +387,4 @@ def here(keep: Callable[[dict], None], bad: tuple[str, ...]) -> Here:
     found, reason = backend.machine_of(device)
     if found is None:
         raise Refused(reason)
-    return Here(device, found, lambda: bench_timing.cuda_clock(device), keep, bad)
+    return Here(device, found, lambda: bench_timing.cuda_clock(device), keep, bad, (), limit)

@@ -24,11 +24,10 @@ import bench_floors
 import bench_hopper
 import bench_models
 import bench_report
+from gpu_run import BROKEN, NO_TIME, NOT_HERE
 from sparge_kernels import config
 
-BROKEN = ("wrong", "fault", "crash", "hang", "failed", "out of memory")
-"""What may become of a step that ran, the worst first."""
-LEFT_OUT = ("no time", "not here")
+LEFT_OUT = (NO_TIME, NOT_HERE)
 COMPARING = ("candidates", "peer")
 """Steps that are wrong when one of several contenders is; their rows are of the others."""
 TOPK = 0.5
@@ -82,7 +81,7 @@ class Reading:
     def speeds(self) -> list[dict]:
         """Rows of this project's calls that were also timed launch by launch."""
         rows = [row for row in self.rows("speed ") if row["what"].startswith("sparge ") and row["topk"] is not None]
-        return [row for row in rows if attention_ms(row) > 0]
+        return [row for row in rows if attention_ms(row) > 0 and row["ms"]["median"] > 0]
 
     @cached_property
     def base(self) -> dict | None:
@@ -510,7 +509,11 @@ def main(arguments: list[str] | None = None) -> int:
     elif options.file is None:
         parser.error("a JSON must be named, or --predictions given")
     else:
-        print(report(json.loads(options.file.read_text(encoding="utf-8"))))
+        try:
+            result = json.loads(options.file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            parser.error(f"the file must be the JSON of a run, got {options.file} ({error}); name one that bench_gpu.py wrote")
+        print(report(result))
     return 0
 
 

@@ -66,18 +66,23 @@ def run(machines: dict, device: torch.device, dtypes: tuple[str, ...] = config.D
     return wrong
 
 
-def read(output: str, status: int) -> dict:
-    """What a run under compute-sanitizer printed, in numbers.
+def read(output: str, status: int | None) -> dict:
+    """What a run under compute-sanitizer printed, in numbers; `status` None: it was ended before it was through.
 
     Returns
     -------
     dict
-        "errors": as the tool counts them, at least 1 where the run failed or told no number; "calls": how many ran; "lines": the first of its report.
+        "errors": as the tool counts them, at least 1 where the run failed, made no call or told no number; of one that was ended, the reports so far.
+        "calls": how many ran; "finished"; "lines": the first of its report.
     """
     counted = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
     lines = [line[:200] for line in output.splitlines() if line.startswith("=========")]
-    errors = max(sum(map(int, counted)), int(status != 0 or not counted))
-    return {"errors": errors, "calls": len(re.findall(r": ok$", output, re.MULTILINE)), "lines": lines[:30]}
+    calls = len(re.findall(r": ok$", output, re.MULTILINE))
+    if status is None:
+        errors = len(re.findall(r"^========= (?:Invalid|Error|Warning: Race|Uninitialized|Barrier)", output, re.MULTILINE))
+    else:
+        errors = max(sum(map(int, counted)), int(status != 0 or not counted or calls == 0))
+    return {"errors": errors, "calls": calls, "finished": status is not None, "lines": lines[:30]}
 
 
 def main() -> int:

@@ -13,10 +13,13 @@ from types import SimpleNamespace
 import bench_check
 import bench_gpu
 import bench_host
+import bench_report
 import bench_shapes
 import bench_timing
 import gpu_carry
+import gpu_machines
 import gpu_rehearsal
+import gpu_run
 import gpu_steps
 import pytest
 import sanitize
@@ -44,7 +47,10 @@ TOYS = {
     "hangs with a child": "one = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); tell({'child': one.pid}); one.wait()",
     "floods": "[print('x' * 100) for _ in range(50000)]; tell({'n': 2})",
     "slow": "time.sleep(.6); tell({'n': 3})",
-    "alive": "sys.exit(0)",
+    "alive": "tell({'there': True})",
+    "says nothing": "sys.exit(0)",
+    "writes a list": "open(sys.argv[1], 'w').write('[1]')",
+    "nameless signal": "os.kill(os.getpid(), 40)",
     "tells": "tell({'bad': json.loads(sys.argv[2])})",
 }
 HEAD = """
@@ -58,14 +64,14 @@ def tell(result, reason=None):
 def run(tmp_path):
     """run(seconds, jobs): a run over TOYS."""
 
-    def make(seconds: float = 60.0, jobs: int = 1, steps: dict | None = None) -> bench_gpu.Run:
+    def make(seconds: float = 60.0, jobs: int = 1, steps: dict | None = None) -> gpu_run.Run:
         result = {"steps": steps or {}, "seconds": 0.0}
 
         def command(step, file, limit):
             bad = [name for name, entry in result["steps"].items() if entry["status"] != "ok"]
             return [sys.executable, "-c", HEAD + TOYS[step.name], str(file), json.dumps(bad)]
 
-        return bench_gpu.Run(tmp_path / "sub" / "toy.json", result, command, time.monotonic() + seconds, jobs)
+        return gpu_run.Run(tmp_path / "sub" / "toy.json", result, command, time.monotonic() + seconds, jobs)
 
     return make
 
@@ -83,8 +89,8 @@ def gone(pid: int) -> bool:
     return False
 
 
-def toy(name: str, limit: float = 30.0, **more) -> bench_gpu.Step:
-    return bench_gpu.Step(name, limit, 1.0, **more)
+def toy(name: str, limit: float = 30.0, **more) -> gpu_run.Step:
+    return gpu_run.Step(name, limit, 1.0, **more)
 
 
 @posix
@@ -96,11 +102,12 @@ def test_every_end_has_its_name(run):
     assert told == {
         "good": ("ok", None), "bad": ("wrong", "two of three"), "elsewhere": ("not here", "no such tool"), "full": ("out of memory", "out of memory"),
         "broken": ("fault", "illegal address"), "raises": ("failed", "exit status 1"), "dies": ("crash", "it died of SIGSEGV"),
-        "floods": ("ok", None), "slow": ("ok", None), "tells": ("ok", None),
+        "floods": ("ok", None), "slow": ("ok", None), "tells": ("ok", None), "says nothing": ("failed", "it ended without a result"),
+        "writes a list": ("failed", "it ended without a result"), "nameless signal": ("crash", "it died of signal 40"),
     }  # fmt: skip
     steps = one.result["steps"]
     assert steps["good"]["result"] == {"n": 1} and steps["raises"]["log"][-1] == "ValueError: as it were"
-    assert len(steps["floods"]["log"]) == bench_gpu.LOG_LINES and steps["floods"]["result"] == {"n": 2}
+    assert len(steps["floods"]["log"]) == gpu_run.LOG_LINES and steps["floods"]["result"] == {"n": 2}
     assert json.loads(one.file.read_text()) == one.result
 
 
@@ -119,24 +126,31 @@ def test_what_hangs_is_ended_with_its_children_and_keeps_what_it_found(run, name
 @posix
 def test_nothing_more_is_tried_on_a_gpu_that_is_lost(run, monkeypatch):
     monkeypatch.setitem(TOYS, "alive", "sys.exit(1)")
-    one = run()
-    assert not one.all([toy("good"), toy("dies"), toy("slow")])
+    one = run(jobs=2)
+    assert not one.all([toy("good"), toy("hangs", 600, beside=True), toy("dies", beside=True), toy("slow")])
     steps = one.result["steps"]
-    assert [steps[name]["status"] for name in ("good", "dies", "slow")] == ["ok", "crash", "no time"]
-    assert "does not answer any more" in steps["slow"]["reason"] and json.loads(one.file.read_text()) == one.result
+    assert {name: steps[name]["status"] for name in steps} == {"good": "ok", "dies": "crash", "hangs": "no time", "slow": "no time"}
+    assert all("does not answer any more" in steps[name]["reason"] for name in ("hangs", "slow")) and json.loads(one.file.read_text()) == one.result
+    assert not one.running
+
+
+@posix
+def test_the_gpu_is_not_asked_after_when_nothing_is_left_to_do(run, monkeypatch):
+    monkeypatch.setitem(TOYS, "alive", "sys.exit(1)")
+    assert run().all([toy("good"), toy("dies")])
 
 
 @posix
 def test_an_interrupted_run_leaves_no_process(run, monkeypatch):
     one, started = run(jobs=2), []
-    begin, sleep = bench_gpu.start, time.sleep
+    begin, sleep = gpu_run.start, time.sleep
 
     def interrupted(seconds):
-        monkeypatch.setattr(bench_gpu.time, "sleep", sleep)
+        monkeypatch.setattr(gpu_run.time, "sleep", sleep)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench_gpu, "start", lambda *given: started.append(begin(*given)) or started[-1])
-    monkeypatch.setattr(bench_gpu.time, "sleep", interrupted)
+    monkeypatch.setattr(gpu_run, "start", lambda *given: started.append(begin(*given)) or started[-1])
+    monkeypatch.setattr(gpu_run.time, "sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         one.all([toy("hangs", beside=True), toy("hangs with a child", beside=True)])
     assert len(started) == 2 and all(running.process.returncode == -9 for running in started)
@@ -144,7 +158,7 @@ def test_an_interrupted_run_leaves_no_process(run, monkeypatch):
 
 def test_the_deadline_holds_and_a_later_run_goes_on(run):
     one = run(seconds=30.0)
-    assert one.all([toy("good"), bench_gpu.Step("slow", 30, 60)])
+    assert one.all([toy("good"), gpu_run.Step("slow", 30, 60)])
     assert one.result["steps"]["slow"]["status"] == "no time" and "run this again" in one.result["steps"]["slow"]["reason"]
     again = run(steps={**one.result["steps"], "bad": {"status": "wrong", "seconds": 1.0, "reason": "", "log": [], "result": None}})
     before = dict(again.result["steps"]["good"])
@@ -153,10 +167,38 @@ def test_the_deadline_holds_and_a_later_run_goes_on(run):
     assert again.result["steps"]["bad"]["seconds"] == 1.0  # settled: only other sources can change it
 
 
-def test_a_limit_never_passes_the_deadline(run):
+@posix
+def test_a_step_that_the_deadline_cuts_did_not_hang(run):
     one, began = run(seconds=5.0), time.monotonic()
     assert one.all([toy("slow", 600), toy("hangs", 600)])
-    assert one.result["steps"]["hangs"]["status"] == "hang" and time.monotonic() - began < 60
+    entry = one.result["steps"]["hangs"]
+    assert (entry["status"], entry["result"]) == ("no time", {"half": 1}) and "run this again" in entry["reason"] and time.monotonic() - began < 60
+
+
+def test_what_an_earlier_run_saw_stays_until_the_step_runs_again(run):
+    hang = {"status": "hang", "seconds": 9.0, "reason": "it was ended after its 9 s", "log": ["where"], "result": {"half": 1}}
+    one = run(steps={"slow": hang, "good": hang})
+    assert one.all([gpu_run.Step("slow", 30, 600), toy("good")])
+    assert one.result["steps"]["slow"] == hang and one.result["steps"]["good"]["status"] == "ok"
+
+
+def test_what_times_is_not_overtaken_by_what_comes_later(run):
+    one = run(jobs=3)
+    assert one.all([toy("slow", beside=True), toy("tells"), toy("good", beside=True)])
+    assert list(one.result["steps"]) == ["slow", "tells", "good"]
+
+
+def test_a_step_that_waits_holds_nothing_else_up(run):
+    one = run(jobs=2)
+    assert one.all([toy("slow", beside=True), toy("tells", beside=True, after=("slow",)), toy("good", beside=True)])
+    assert list(one.result["steps"]) == ["good", "slow", "tells"]
+
+
+def test_a_result_that_cannot_be_written_ends_nothing(run, tmp_path, capsys):
+    (tmp_path / "sub").write_text("a file where the folder should be")
+    one = run()
+    assert one.all([toy("good"), toy("slow")]) and [e["status"] for e in one.result["steps"].values()] == ["ok", "ok"]
+    assert "could not be written" in capsys.readouterr().out
 
 
 def test_what_times_runs_alone_and_waits_for_what_it_needs(run):
@@ -164,8 +206,8 @@ def test_what_times_runs_alone_and_waits_for_what_it_needs(run):
     one = run(jobs=3)
     keep = one.keep
     one.keep = lambda name, entry: (spans.__setitem__(name, len(one.running)), keep(name, entry))
-    assert one.all([toy("slow", beside=True), toy("raises", beside=True), toy("tells", after=("raises", "slow")), toy("good", beside=True)])
-    assert spans["tells"] == 0 and list(one.result["steps"])[2:] == ["tells", "good"]
+    assert one.all([toy("slow", beside=True), toy("raises", beside=True), toy("tells", after=("raises", "slow")), toy("good")])
+    assert spans["tells"] == spans["good"] == 0 and list(one.result["steps"]) == ["raises", "slow", "tells", "good"]
     assert one.result["steps"]["tells"]["result"] == {"bad": ["raises"]}
 
 
@@ -179,11 +221,22 @@ def machine(**changes) -> dict:
 
 def test_the_most_valuable_first():
     names = [step.name for step in bench_gpu.steps(machine())]
-    assert names == ["build", "packaged fp8", "packaged int8", "2^31", "ptx sm_80", "speed Flux 1024 px", "candidate a", "candidate b", "candidates",
-                     "sanitizer probe", *(f"sanitizer {tool}" for tool in bench_gpu.SANITIZERS), "peer p", "model flux", "ceilings"]  # fmt: skip
+    assert names == [
+        "build", "packaged fp8", "packaged int8", "2^31", "ptx sm_80", "speed Flux 1024 px", "ceilings", "candidate a", "candidate b", "candidates",
+        "sanitizer probe", *(f"sanitizer {tool}" for tool in bench_gpu.SANITIZERS), "peer p", "model flux",
+    ]  # fmt: skip
     assert all(step.name.partition(" ")[0] in gpu_steps.STEPS for step in bench_gpu.steps(machine()))
     plain = [step.name for step in bench_gpu.steps(machine(candidates=[], ptx=[], peers=[], build=False))]
     assert "candidates" not in plain and "build" not in plain
+
+
+def test_steps_by_their_first_words():
+    every = bench_gpu.steps(machine())
+    assert bench_gpu.selected(every, []) == every
+    assert [step.name for step in bench_gpu.selected(every, ["speed", "ceilings"])] == ["speed Flux 1024 px", "ceilings"]
+    assert [step.name for step in bench_gpu.selected(every, ["candidates"])] == ["build", "candidate a", "candidate b", "candidates"]
+    with pytest.raises(ValueError, match="first words of build, packaged fp8, .*; got spead$"):
+        bench_gpu.selected(every, ["speed", "spead"])
 
 
 def test_what_times_is_alone():
@@ -203,12 +256,12 @@ def test_what_a_gpu_can_run(arch, packaged, ptx):
 def test_all_forms_together_are_every_packaged_kernel(arch):
     every = {(v.name, symbol) for v in config.variants(arch) for symbol in v.symbols}
     drawn = arch == config.HOPPER
-    assert gpu_steps.expected(arch, config.forms(arch)) == {pair for pair in every if drawn or pair[1] != "sparge_sequence"}
+    assert gpu_machines.expected(arch, config.forms(arch)) == {pair for pair in every if drawn or pair[1] != "sparge_sequence"}
 
 
 @pytest.mark.parametrize("arch, pv", [("sm_89", "int8"), ("sm_120", "fp8"), ("sm_90", "fp8")])
 def test_the_nasty_calls_launch_every_kernel_of_a_form(arch, pv, monkeypatch):
-    watched = gpu_steps.Watched(bench_host.StubMachine(arch, pv))
+    watched = gpu_machines.Watched(bench_host.StubMachine(arch, pv))
 
     def attend(q, k, v, **how):  # a stub computes nothing: its lists are what was in memory
         call = sparge_kernels.block_sparse_attention if "block_mask" in how else sparge_kernels.sparse_attention
@@ -219,7 +272,7 @@ def test_the_nasty_calls_launch_every_kernel_of_a_form(arch, pv, monkeypatch):
     monkeypatch.setattr(bench_check, "_compare", lambda *given: {})
     with bench_timing.using(watched):
         list(bench_check.nasty(pv, CPU))
-    assert watched.ran == gpu_steps.expected(arch, (pv,))
+    assert watched.ran == gpu_machines.expected(arch, (pv,))
 
 
 # ---- binaries that are handed over
@@ -236,26 +289,29 @@ def test_a_held_binary_is_loaded_once_on_the_gpu_and_others_are_the_machines_own
         loads.append((code, device, origin))
         return {symbol: f"{symbol} held" for symbol in symbols}
 
-    monkeypatch.setattr(gpu_steps.driver, "driver", lambda: SimpleNamespace(load=load))
+    monkeypatch.setattr(gpu_machines.driver, "driver", lambda: SimpleNamespace(load=load))
     select, other = (next(v for v in config.variants("sm_80") if v.name == name) for name in ("select_d64", "select_d128"))
     code = lambda variant: (b"ptx", "PTX for compute_80") if variant == select else None  # noqa: E731
-    held = gpu_steps.Held(Base(), "sm_80", "int8", code, own=False)
+    held = gpu_machines.Held(Base(), "sm_80", "int8", code, own=False)
     assert held.missing((select, other)) is None and held.arch == "sm_80" and held.index == 3
     assert held.kernel(select, "sparge_select") == "sparge_select held"
     assert held.kernel(other, "sparge_select").origin == "select_d128, a stub"
     assert loads == [(b"ptx", 3, "select_d64, PTX for compute_80")]
-    assert gpu_steps.Held(Base(), "sm_80", "int8", code, own=True).missing((select, other)) == "there is no binary of select_d128"
+    assert gpu_machines.Held(Base(), "sm_80", "int8", code, own=True).missing((select, other)) == "there is no binary of select_d128"
 
 
 def test_what_a_held_machine_cannot_load_is_its_reason(monkeypatch):
     def refuse(*given):
-        raise gpu_steps.driver.Refused("CUDA_ERROR_INVALID_PTX")
+        raise gpu_machines.driver.Refused("CUDA_ERROR_INVALID_PTX")
 
-    monkeypatch.setattr(gpu_steps.driver, "driver", lambda: SimpleNamespace(load=refuse))
+    monkeypatch.setattr(gpu_machines.driver, "driver", lambda: SimpleNamespace(load=refuse))
     (variant, *_) = config.variants("sm_80")
-    assert gpu_steps.Held(Base(), "sm_80", "int8", lambda v: (b"", "x"), own=True).missing((variant,)) == "CUDA_ERROR_INVALID_PTX"
+    held = gpu_machines.Held(Base(), "sm_80", "int8", lambda v: (b"", "x"), own=True)
+    assert held.missing((variant,)) == held.missing((variant,)) == "CUDA_ERROR_INVALID_PTX"  # asked twice, as by the step
+    with pytest.raises(gpu_machines.driver.Refused):
+        held.kernel(variant, variant.symbols[0])
     shelf = gpu_carry.Shelf("ptx", "sm_80", Path("nowhere"))
-    assert "run bench_gpu.py --carry" in gpu_steps.Held(Base(), "sm_80", "int8", shelf.code, own=True).missing((variant,))
+    assert "run bench_gpu.py --carry" in gpu_machines.Held(Base(), "sm_80", "int8", shelf.code, own=True).missing((variant,))
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +383,9 @@ causal, D 64: ok
 
 @pytest.mark.parametrize("output, status, errors, calls", [
     (REPORT.format(0), 0, 0, 2), (REPORT.format(3), 1, 3, 2), ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n", 0, 2, 0),
-    ("", 0, 1, 0), (REPORT.format(0), 1, 1, 2),
+    ("", 0, 1, 0), (REPORT.format(0), 1, 1, 2), ("========= ERROR SUMMARY: 0 errors\n", 0, 1, 0),
+    (REPORT.format(0).rpartition("=====")[0], None, 0, 2),
+    ("========= Invalid __global__ read of size 4 bytes\n", None, 1, 0),
 ])  # fmt: skip
 def test_what_the_sanitizer_says(output, status, errors, calls):
     found = sanitize.read(output, status)
@@ -347,7 +405,7 @@ def test_the_reduced_set_runs_every_kernel_of_one_form_and_type():
     for _, call in sanitize.calls({"fp8": machine}, CPU, ("bfloat16",)):
         call()
     used = {name for name, _ in machine.kernels}
-    assert used == {name for name, _ in gpu_steps.expected("sm_90", ("fp8",)) if "prepass" not in name or "bfloat16" in name}
+    assert used == {name for name, _ in gpu_machines.expected("sm_90", ("fp8",)) if "prepass" not in name or "bfloat16" in name}
 
 
 # ---- checks
@@ -359,6 +417,14 @@ def test_a_wrong_result_is_told():
     assert gpu_steps.wrong({"checks": [], "missing": ["select_d64, sparge_select"]}) == "these kernels ran in no check: select_d64, sparge_select"
     assert gpu_steps.wrong({"skipped": [{"call": "Mochi", "what": "usual", "reason": "WRONG: off by 0.2"}]}) == "Mochi, usual: WRONG: off by 0.2"
     assert gpu_steps.wrong({"errors": 2, "calls": 1}) == "2 errors"
+
+
+def test_a_call_that_runs_out_of_memory_is_not_ok(monkeypatch):
+    monkeypatch.setattr(gpu_steps.bench, "room", lambda shape, device: None)
+    monkeypatch.setattr(gpu_steps.bench, "measured", lambda *given, **how: "out of memory")
+    here = gpu_steps.Here(CPU, None, lambda: None, lambda found: None)
+    with pytest.raises(torch.OutOfMemoryError, match="Flux 1024 px: out of memory"):
+        gpu_steps.speed(here, "Flux 1024 px")
 
 
 def test_q_passes_2_to_the_31():
@@ -430,10 +496,43 @@ def test_without_a_gpu():
     assert (done.returncode, done.stdout) == (0, "Nothing was measured, because there is no GPU that PyTorch can use.\n"), done.stderr
 
 
-def test_arguments(capsys):
+def test_a_damaged_result_is_moved_aside(tmp_path, capsys):
+    file = tmp_path / "x-gpu.json"
+    assert bench_gpu.earlier(file, "abc") == {}
+    for text in ("{", '{"steps": {}}', "[]"):
+        file.write_text(text)
+        assert bench_gpu.earlier(file, "abc") == {} and not file.exists() and (tmp_path / "x-gpu.damaged").read_text() == text
+    file.write_text('{"steps": {"a": 1}, "sources": "abc"}')
+    assert bench_gpu.earlier(file, "abc") == {"a": 1} and bench_gpu.earlier(file, "other") == {} and file.exists()
+
+
+def test_a_copy_without_git_knows_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_report, "ROOT", tmp_path)
+    monkeypatch.setattr(bench_report, "_output", lambda *command: None)
+    assert bench_report.commit() == "unknown"
+    (tmp_path / ".gpu").mkdir()
+    (tmp_path / ".gpu" / "commit").write_text(f"abc123 {gpu_run.sources()}\n")
+    assert bench_report.commit() == "abc123"
+    (tmp_path / ".gpu" / "commit").write_text("abc123 of other sources\n")
+    assert bench_report.commit() == "unknown"
+
+
+def test_carrying_without_comfyui_keeps_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path / "none"))
+    (tmp_path / "to").mkdir()
+    with pytest.raises(gpu_carry.Missing, match="there is no ComfyUI tree"):
+        gpu_carry.copy_comfyui(tmp_path / "to")
+    assert (tmp_path / "to").is_dir()
+
+
+def test_arguments(capsys, tmp_path):
     with pytest.raises(SystemExit):
         bench_gpu.main(["--minutes", "0"])
     assert "--minutes must be above 0, got 0" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        bench_gpu.main(["--results", str(tmp_path / "file")])
+    assert "--results must be a folder that can be written" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="WHAT one of hang, crash, fault, memory, wrong, got explode"):
         gpu_rehearsal.accidents("speed=explode")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from sparge_kernels import BlockMask, block_mask, order
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 
 def random_mask(shape, seed=0, share=0.5):
@@ -189,3 +191,19 @@ def test_builder_errors():
 def test_block_sizes():
     assert (block_mask.BLOCK_Q, block_mask.BLOCK_K) == (128, 64)
     assert [block_mask.num_blocks(n, 64) for n in (1, 63, 64, 65, 128)] == [1, 1, 1, 2, 2]
+
+
+def test_the_map_on_a_device_is_kept_with_the_mask_and_goes_nowhere_with_it():
+    kept = random_mask((1, 2, 3, 4))
+    mask = BlockMask.from_dense(kept)
+    before = len(pickle.dumps(mask))
+    first = mask.on(torch.device("cpu"))
+    assert torch.equal(first, kept) and mask.on(torch.device("cpu")) is first
+    assert len(pickle.dumps(mask)) == before and torch.equal(pickle.loads(pickle.dumps(mask)).on(torch.device("cpu")), kept)
+
+
+def test_a_map_that_only_stands_for_one_is_not_kept():
+    mask = BlockMask.from_dense(random_mask((1, 2, 3, 4)))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(mask.on(torch.device("cpu")), FakeTensor)
+    assert type(mask.on(torch.device("cpu"))) is torch.Tensor
