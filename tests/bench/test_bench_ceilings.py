@@ -13,6 +13,7 @@ import emulator
 import numpy
 import pytest
 import torch
+from gpu_rehearsal import Event
 from required import missing
 from samples import Source
 from sparge_kernels import config
@@ -269,20 +270,6 @@ def test_the_first_compiler_that_can_compiles(monkeypatch):
 
 
 # ---- measured
-
-
-class Event:
-    def __init__(self, now):
-        self.now, self.at = now, None
-
-    def record(self):
-        self.at = self.now[0]
-
-    def synchronize(self):
-        pass
-
-    def elapsed_time(self, later):
-        return later.at - self.at
 
 
 class Emulated(bench_host.StubMachine):

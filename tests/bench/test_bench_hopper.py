@@ -17,6 +17,7 @@ import bench_timing
 import emulator
 import pytest
 import torch
+from gpu_rehearsal import Event
 from sparge_kernels import config
 from sparge_kernels.backends import cuda as backend
 
@@ -79,20 +80,6 @@ def test_the_rule_of_dropped_tiles_is_the_candidates():
     assert bench_check.tiles_of(machine) == {64: (64, 128), 128: (64, 128)}
     wide = {dim: next(c for c in config.hopper_candidates(dim) if c.tile_blocks == 3) for dim in config.DIMS}
     assert bench_check.tiles_of(machine, wide) == {64: (64, 192), 128: (64, 192)}
-
-
-class Event:
-    def __init__(self, now):
-        self.now, self.at = now, None
-
-    def record(self):
-        self.at = self.now[0]
-
-    def synchronize(self):
-        pass
-
-    def elapsed_time(self, later):
-        return later.at - self.at
 
 
 class Emulated(bench_host.StubMachine):
