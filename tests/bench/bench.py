@@ -156,12 +156,13 @@ def checks(machines: dict, device: torch.device, short: bool) -> list[bench_chec
     return found
 
 
-def room(shape: bench_shapes.Shape, device: torch.device) -> str | None:
-    """None, or that the shape does not fit into this GPU's memory."""
+def room(shape: bench_shapes.Shape, device: torch.device, needed: int | None = None) -> str | None:
+    """None, or that the shape does not fit into this GPU's memory; `needed`: bytes, unless all of what is measured of a shape."""
     gc.collect()
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    return None if shape.memory() <= free else f"it needs about {shape.memory() / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    needed = needed or shape.memory()
+    return None if needed <= free else f"it needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
 
 
 def from_file(path: Path, device: torch.device) -> tuple[bench_shapes.Shape, bench_peers.Inputs]:

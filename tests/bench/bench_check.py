@@ -246,6 +246,11 @@ def long(pv: str, device: torch.device, attend: Callable = attend) -> Check:
 BEYOND = Shape("q of more than 2^31 elements", 131_200, 640, 130, 128, kv_heads=2)
 
 
+def beyond_bytes(shape: Shape) -> int:
+    """What `beyond` takes: q and the output of two bytes, q in 8 bits and pooled, their lists, and 2 GiB for everything else."""
+    return 6 * shape.heads * shape.s_q * shape.dim + (2 << 30)
+
+
 def beyond(pv: str, device: torch.device, shape: Shape) -> list[Check]:
     """A call whose offsets need 64 bits: sampled rows of every head, the first and the last among them, and no value anywhere that is no number."""
     generator = torch.Generator(device).manual_seed(3)

@@ -135,7 +135,7 @@ def pretended() -> Iterator[Callable]:
     load = lambda code, index, symbols, origin: {s: SimpleNamespace(variant=code, name=s, origin=origin) for s in symbols}  # noqa: E731
     changes = {
         backend: dict(machine_of=lambda device: (machine, None), Machine=lambda index, arch, pv: Emulated(now, arch, pv)),
-        bench: dict(LEAST_ROUNDS=1, MOST_ROUNDS=1, room=lambda shape, device: None),
+        bench: dict(LEAST_ROUNDS=1, MOST_ROUNDS=1, room=lambda shape, device, needed=None: None),
         bench_ceilings: dict(
             CEILINGS=tuple(replace(ceiling, rounds=2) for ceiling in bench_ceilings.CEILINGS), ROUNDS=1, LAUNCHES=2, region=lambda device: 1 << 16,
             compile_ceilings=lambda arch: ceilings, of_memory=without, of_host=without,

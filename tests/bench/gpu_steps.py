@@ -166,7 +166,7 @@ def checked(here: Here, machines: list) -> dict:
 def beyond_32_bits(here: Here, _: str) -> dict:
     """One call whose q passes 2^31 elements: offsets of 32 bits would wrap."""
     shape = bench_check.BEYOND
-    reason = bench.room(shape, here.device)
+    reason = bench.room(shape, here.device, bench_check.beyond_bytes(shape))
     if reason is not None:
         raise Refused(reason)
     with bench_timing.using(here.machine):
