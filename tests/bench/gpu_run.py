@@ -90,7 +90,7 @@ def start(step: Step, limit: float, command: Callable[[Step, Path, float], list[
 
 
 def end(process: subprocess.Popen) -> None:
-    """Ends a process and everything in its group; the system may not manage to, where a kernel never returns."""
+    """Ends a process, if it has not ended yet, and everything in its group; the system may not manage to, where a kernel never returns."""
     try:
         if os.name == "posix":
             os.killpg(process.pid, signal.SIGKILL)
@@ -250,6 +250,7 @@ class Run:
                 ended = hang(running)
                 if running.limit < running.step.limit:
                     ended = NO_TIME, f"the run's time was over after {running.limit:.0f} s of it; run this again"
+            end(running.process)  # and what it left behind
             self.running.remove(running)
             entries.append(outcome(running, ended))
             self.keep(running.step.name, entries[-1])

@@ -45,6 +45,7 @@ TOYS = {
     "dies": "os.kill(os.getpid(), 11)",
     "hangs": "tell({'half': 1}); signal.signal(15, signal.SIG_IGN); time.sleep(600)",
     "hangs with a child": "one = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); tell({'child': one.pid}); one.wait()",
+    "leaves a child": "one = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); tell({'child': one.pid})",
     "floods": "[print('x' * 100) for _ in range(50000)]; tell({'n': 2})",
     "slow": "time.sleep(.6); tell({'n': 3})",
     "alive": "tell({'there': True})",
@@ -96,13 +97,14 @@ def toy(name: str, limit: float = 30.0, **more) -> gpu_run.Step:
 @posix
 def test_every_end_has_its_name(run):
     one = run(jobs=4)
-    names = [name for name in TOYS if "hangs" not in name and name != "alive"]
+    names = [name for name in TOYS if "hangs" not in name and name not in ("alive", "leaves a child")]
     assert one.all([toy(name, beside=True) for name in names])
     told = {name: (entry["status"], entry["reason"]) for name, entry in one.result["steps"].items()}
     assert told == {
         "good": ("ok", None), "bad": ("wrong", "two of three"), "elsewhere": ("not here", "no such tool"), "full": ("out of memory", "out of memory"),
         "broken": ("fault", "illegal address"), "raises": ("failed", "exit status 1"), "dies": ("crash", "it died of SIGSEGV"),
-        "floods": ("ok", None), "slow": ("ok", None), "tells": ("ok", None), "says nothing": ("failed", "it ended without a result"),
+        "leaves a child": "one = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); tell({'child': one.pid})",
+    "floods": ("ok", None), "slow": ("ok", None), "tells": ("ok", None), "says nothing": ("failed", "it ended without a result"),
         "writes a list": ("failed", "it ended without a result"), "nameless signal": ("crash", "it died of signal 40"),
     }  # fmt: skip
     steps = one.result["steps"]
@@ -121,6 +123,13 @@ def test_what_hangs_is_ended_with_its_children_and_keeps_what_it_found(run, name
     assert set(entry["result"]) == {"half" if name == "hangs" else "child"} and one.result["steps"]["good"]["status"] == "ok"
     if "child" in entry["result"]:
         assert gone(entry["result"]["child"])
+
+
+@posix
+def test_a_step_leaves_no_child(run):
+    one = run()
+    assert one.all([toy("leaves a child")]) and one.result["steps"]["leaves a child"]["status"] == "ok"
+    assert gone(one.result["steps"]["leaves a child"]["result"]["child"])
 
 
 @posix
