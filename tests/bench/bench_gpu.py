@@ -37,12 +37,13 @@ def steps(machine: dict) -> list[Step]:
     Parameters
     ----------
     machine : dict
-        What the step "machine" found: "build" (whether there is something to compile), lists of names "packaged", "ptx", "speed", "candidates" and
-        "peers", and "models": name -> seconds that one takes.
+        What the step "machine" found: "build" (whether there is something to compile), lists of names "packaged", "compiled", "ptx", "speed",
+        "candidates" and "peers", and "models": name -> seconds that one takes.
     """
     found = [Step("build", 200, beside=True)] if machine["build"] else []
     built = tuple(step.name for step in found)
     found += [Step(f"packaged {name}", 60, beside=True) for name in machine["packaged"]]
+    found += [Step(f"compiled {name}", 150, beside=True) for name in machine["compiled"]]
     found += [Step("2^31", 60, beside=True)]
     found += [Step(f"ptx {arch}", 120, beside=True, after=built) for arch in machine["ptx"]]
     found += [Step(f"speed {call}", 45, 8) for call in machine["speed"]]

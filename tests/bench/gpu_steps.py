@@ -104,11 +104,12 @@ def own(here: Here, pv: str):
 def machine(here: Here, _: str) -> dict:
     """What the machine is and has; from it follows which steps there are."""
     arch = here.machine.arch
-    first, *others = gpu_carry.loadable(arch)
-    packaged = [*config.forms(first), *(f"{a} {pv}" for a in others for pv in config.forms(a))]
+    first, others = gpu_carry.loadable(arch)[:1], gpu_carry.loadable(arch)[1:]
+    packaged = [*(pv for a in first for pv in config.forms(a)), *(f"{a} {pv}" for a in others for pv in config.forms(a))]
     hopper = arch == config.HOPPER
     return {
-        "machine": bench_report.machine(here.device), "arch": arch, "packaged": packaged, "ptx": list(gpu_carry.by_driver(arch)),
+        "machine": bench_report.machine(here.device), "arch": arch, "packaged": packaged,
+        "compiled": [] if first else list(config.forms(arch)), "ptx": list(gpu_carry.by_driver(arch)),
         "speed": [shape.name for shape in bench_shapes.HEADLINE], "candidates": list(candidates_of(here)) if hopper else [],
         "peers": [name for name in bench_peers.PACKAGES if importlib.util.find_spec(name) is not None], "models": MODELS,
         "build": bool(gpu_carry.outdated(gpu_carry.wanted(arch))),
@@ -126,10 +127,15 @@ def build_step(here: Here, _: str) -> dict:
 
 
 def packaged(here: Here, which: str) -> dict:
-    """`pv` or `arch pv`: every packaged kernel of that form that this GPU can load, against the reference."""
+    """`pv` or `arch pv`: every packaged kernel of that form that this GPU can load, against the reference; from the package and nowhere else."""
     arch, _, pv = which.rpartition(" ")
-    used = own(here, pv) if not arch else gpu_machines.Held(here.machine, arch, pv, lambda variant: gpu_carry.packaged(arch, variant), own=True)
-    return checked(here, [used])
+    arch = arch or gpu_carry.loadable(here.machine.arch)[0]
+    return checked(here, [gpu_machines.Held(here.machine, arch, pv, lambda variant: gpu_carry.packaged(arch, variant), own=True)])
+
+
+def compiled(here: Here, pv: str) -> dict:
+    """The kernels of a GPU that nothing is packaged for, as the loader has them compiled."""
+    return checked(here, [own(here, pv)])
 
 
 def ptx(here: Here, arch: str) -> dict:
@@ -306,7 +312,8 @@ def ceilings(here: Here, _: str) -> dict:
 
 
 STEPS: dict[str, Callable[[Here, str], dict]] = {
-    "machine": machine, "alive": alive, "build": build_step, "packaged": packaged, "ptx": ptx, "2^31": beyond_32_bits, "speed": speed,
+    "machine": machine, "alive": alive, "build": build_step, "packaged": packaged, "compiled": compiled, "ptx": ptx,
+    "2^31": beyond_32_bits, "speed": speed,
     "candidate": candidate, "candidates": candidates, "sanitizer": sanitizer, "sanitized": sanitized,
     "peer": peer, "model": model, "ceilings": ceilings,
 }  # fmt: skip

@@ -223,7 +223,8 @@ def test_what_times_runs_alone_and_waits_for_what_it_needs(run):
 
 
 def machine(**changes) -> dict:
-    return {"arch": "sm_90", "packaged": ["fp8", "int8"], "ptx": ["sm_80"], "speed": ["Flux 1024 px"], "candidates": ["a", "b"], "peers": ["p"],
+    return {"arch": "sm_90", "packaged": ["fp8", "int8"], "compiled": [], "ptx": ["sm_80"], "speed": ["Flux 1024 px"],
+            "candidates": ["a", "b"], "peers": ["p"],
             "models": {"flux": 30}, "build": True, **changes}  # fmt: skip
 
 
@@ -258,6 +259,30 @@ def test_what_times_is_alone():
 ])  # fmt: skip
 def test_what_a_gpu_can_run(arch, packaged, ptx):
     assert gpu_carry.loadable(arch) == packaged and gpu_carry.by_driver(arch) == ptx
+
+
+def test_a_gpu_that_nothing_is_packaged_for_has_its_kernels_compiled(monkeypatch):
+    monkeypatch.setattr(gpu_steps.bench_report, "machine", lambda device: {})
+    found = {}
+    for arch in ("sm_100", "sm_87"):
+        here = gpu_steps.Here(CPU, bench_host.StubMachine(arch, "int8"), lambda: None, lambda result: None)
+        found[arch] = gpu_steps.machine(here, "")
+    assert found["sm_100"]["packaged"] == [] and found["sm_100"]["compiled"] == list(config.forms("sm_100"))
+    assert found["sm_100"]["ptx"] == ["sm_80", "sm_86", "sm_89"]
+    assert found["sm_87"]["packaged"] == ["int8", "fp16", "sm_80 int8", "sm_80 fp16"] and found["sm_87"]["compiled"] == []
+    names = [step.name for step in bench_gpu.steps(found["sm_100"])]
+    assert {f"compiled {pv}" for pv in config.forms("sm_100")} <= set(names)
+
+
+def test_packaged_kernels_are_those_of_the_package(monkeypatch):
+    """Not what the loader would have compiled in their place."""
+    asked = []
+    monkeypatch.setattr(gpu_steps.gpu_carry, "packaged", lambda arch, variant: asked.append((arch, variant.name)) or (b"", "packaged"))
+    monkeypatch.setattr(gpu_machines.driver, "driver", lambda: SimpleNamespace(load=lambda code, index, symbols, origin: dict.fromkeys(symbols)))
+    monkeypatch.setattr(gpu_steps.bench_check, "nasty", lambda *given: iter(()))
+    here = gpu_steps.Here(CPU, Base("sm_87", "int8"), lambda: None, lambda result: None)
+    gpu_steps.packaged(here, "fp16")
+    assert {arch for arch, _ in asked} == {"sm_86"} and len(asked) == 6 + 2 + 4  # pre-pass, selection, attention
 
 
 @pytest.mark.parametrize("arch", config.SHIPPED)
