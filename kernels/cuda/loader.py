@@ -28,6 +28,9 @@ from . import nvrtc
 from .driver import Driver, Kernel, Refused
 
 FOLDER = Path(__file__).resolve().parent
+TEGRA = ("sm_87", "sm_101")
+"""Orin and Thor, as compilers before CUDA 13 call the latter: NVIDIA's binaries for them run nowhere else."""
+
 LIMIT = 1024
 """Most kernels in a table: more than 16 devices with every binary of an architecture have."""
 
@@ -97,10 +100,11 @@ class Places:
 def compatible(device: str, built: tuple[str, ...]) -> tuple[str, ...]:
     """The architectures of `built` whose binaries run on `device`, the best first.
 
-    A binary runs on its own and on higher minor versions of the same major one. One of an "a" architecture runs on that alone.
+    A binary runs on its own and on higher minor versions of the same major one. One of an "a" architecture, or of TEGRA, runs on that alone.
     """
     major, minor = _split(device)
-    fits = [a for a in built if _split(a) == (major, minor) or (not a.endswith("a") and _split(a)[0] == major and _split(a)[1] < minor)]
+    anywhere = [a for a in built if not a.endswith("a") and a not in TEGRA]
+    fits = [a for a in built if _split(a) == (major, minor) or (a in anywhere and _split(a)[0] == major and _split(a)[1] < minor)]
     return tuple(sorted(fits, key=lambda a: (_split(a), a), reverse=True))
 
 
