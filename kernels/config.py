@@ -89,8 +89,9 @@ def variants(arch: str) -> tuple[Variant, ...]:
 
 
 def forms(arch: str) -> tuple[str, ...]:
-    """How P and V can be held on `arch`. FP8 pays where mma.sync has it as more than conversions around fp16, and on Hopper through wgmma."""
-    return tuple(pv for pv in PV if pv != "fp8" or arch == HOPPER or number(arch) == 89 or number(arch) // 10 == 12)
+    """How P and V can be held on `arch`: FP8 on Hopper alone, by wgmma. With mma.sync it is less exact than INT8 and not known to be faster anywhere:
+    a GeForce card has half the rate with sums in fp32, sm_90 and sm_100 convert to fp16 and back."""
+    return tuple(pv for pv in PV if pv != "fp8" or arch == HOPPER)
 
 
 def on_hopper_kernel(arch: str, pv: str) -> bool:

@@ -144,7 +144,10 @@ def _machine(index: int) -> tuple[Machine | None, str | None]:
     arch = f"sm_{major}{minor}"
     reason = driver.why_not(arch)
     if reason is None and environment.pv() not in (None, *config.forms(arch)):
-        reason = f"SPARGE_PV is fp8, which these kernels have for sm_89, sm_90 and sm_120 only, this GPU is {arch}; set int8 or fp16, or unset it"
+        reason = (
+            f"SPARGE_PV must be {' or '.join(config.forms(arch))} on {arch}, got {environment.pv()}, which is for sm_90 (H100, H200) alone: "
+            "elsewhere it is less exact than int8 and not known to be faster; set one of these, or unset it"
+        )
     return (None, reason) if reason is not None else (Machine(index, arch, *_form(index, arch)), None)
 
 

@@ -53,11 +53,6 @@ def _packs_e4m3(arch: str) -> bool:
     return config.number(arch) >= 89
 
 
-def _multiplies_e4m3(arch: str) -> bool:
-    """With mma.sync, other than as fp16."""
-    return "fp8" in config.forms(arch) and arch != config.HOPPER
-
-
 def _hopper(arch: str) -> bool:
     return arch == config.HOPPER
 
@@ -106,10 +101,10 @@ class Ceiling:
         return blocks * self.rounds * self.work / milliseconds / 1e9
 
 
-def _products(name: str, symbol: str, depth: int, operands: str, exists: Callable[[str], bool] = _anywhere) -> Ceiling:
+def _products(name: str, symbol: str, depth: int, operands: str) -> Ceiling:
     """mma.sync: 8 warps, 4 x 8 products of 16 x 8 x depth each."""
     unit = "TOPS" if operands == "s8" else "TFLOPS"
-    return Ceiling(name, symbol, 8 * 32 * 2.0 * 16 * 8 * depth, unit, operands, exists=exists)
+    return Ceiling(name, symbol, 8 * 32 * 2.0 * 16 * 8 * depth, unit, operands)
 
 
 def _on_hopper(name: str, symbol: str, unit: str, operands: str) -> Ceiling:
@@ -128,8 +123,6 @@ CEILINGS = (
     _products("mma u8 x s8", "ceiling_mma_u8s8", 32, "s8"),
     _products("mma fp16", "ceiling_mma_half", 16, "fp16"),
     _products("mma fp16, sums in fp16", "ceiling_mma_half_short", 16, "fp16"),
-    _products("mma e4m3", "ceiling_mma_e4m3", 32, "e4m3", _multiplies_e4m3),
-    _products("mma e4m3, sums in fp16", "ceiling_mma_e4m3_short", 32, "e4m3", _multiplies_e4m3),
     _on_hopper("wgmma s8, operands in shared memory", "ceiling_s8", "TOPS", "s8"),
     _on_hopper("wgmma e4m3, one operand in registers", "ceiling_e4m3", "TFLOPS", "e4m3"),
     Ceiling("exponentials", "ceiling_exp2", _RESULTS, "T/s", "fp32"),

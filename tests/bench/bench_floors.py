@@ -18,15 +18,15 @@ EXPONENTIALS = 16
 
 # Names of bench_ceilings.CEILINGS.
 _WGMMA_S8, _WGMMA_E4M3 = "wgmma s8, operands in shared memory", "wgmma e4m3, one operand in registers"
-_S8, _VALUES = "mma s8 x s8", {"int8": "mma u8 x s8", "fp8": "mma e4m3", "fp16": "mma fp16"}
+_S8, _VALUES = "mma s8 x s8", {"int8": "mma u8 x s8", "fp16": "mma fp16"}
 _BULK, _LOADS = "bulk copies of 8 KB from L2", "16-byte copies from L2"
 
 DATASHEET = {
     "sm_80": {_S8: 2048, _VALUES["int8"]: 2048, _VALUES["fp16"]: 1024},
     "sm_86": {_S8: 1024, _VALUES["int8"]: 1024, _VALUES["fp16"]: 256},
-    "sm_89": {_S8: 1024, _VALUES["int8"]: 1024, _VALUES["fp8"]: 512, _VALUES["fp16"]: 256},
+    "sm_89": {_S8: 1024, _VALUES["int8"]: 1024, _VALUES["fp16"]: 256},
     "sm_90": {_WGMMA_S8: 4096, _WGMMA_E4M3: 4096},
-    "sm_120": {_S8: 1024, _VALUES["int8"]: 1024, _VALUES["fp8"]: 512, _VALUES["fp16"]: 256},
+    "sm_120": {_S8: 1024, _VALUES["int8"]: 1024, _VALUES["fp16"]: 256},
 }
 """Multiplications with addition a cycle of one multiprocessor: A100, RTX 3090, RTX 4090, H100 and RTX 5090. Workstation cards of sm_86, sm_89 and
 sm_120 take twice as many with sums in fp32. What mma.sync reaches on sm_90 no datasheet tells."""
@@ -34,9 +34,9 @@ sm_120 take twice as many with sums in fp32. What mma.sync reaches on sm_90 no d
 INSTRUCTIONS = {
     ("sm_80", "int8"): {128: 746, 64: 898}, ("sm_80", "fp16"): {128: 568, 64: 777},
     ("sm_86", "int8"): {128: 649, 64: 798}, ("sm_86", "fp16"): {128: 534, 64: 709},
-    ("sm_89", "int8"): {128: 649, 64: 798}, ("sm_89", "fp8"): {128: 460, 64: 608}, ("sm_89", "fp16"): {128: 534, 64: 709},
+    ("sm_89", "int8"): {128: 649, 64: 798}, ("sm_89", "fp16"): {128: 534, 64: 709},
     ("sm_90", "int8"): {128: 638, 64: 768}, ("sm_90", "fp8"): {128: 518, 64: 474}, ("sm_90", "fp16"): {128: 521, 64: 700},
-    ("sm_120", "int8"): {128: 704, 64: 850}, ("sm_120", "fp8"): {128: 511, 64: 660}, ("sm_120", "fp16"): {128: 601, 64: 795},
+    ("sm_120", "int8"): {128: 704, 64: 850}, ("sm_120", "fp16"): {128: 601, 64: 795},
 }  # fmt: skip
 """Of each warp for a tile, as instruction_mix.py counts them in the packaged binaries."""
 
@@ -87,7 +87,7 @@ def tile_of(arch: str, dim: int, pv: str) -> Tile:
         products = ((_WGMMA_S8, BLOCK_Q * keys * dim), (_WGMMA_E4M3, BLOCK_Q * keys * (dim + 8 * chosen.ones)))
         return Tile(dim, keys, products, BLOCK_Q * keys + rows, counted, 2 * keys * dim, _BULK)
     keys = BLOCK_K * config.TILE_BLOCKS[dim]
-    products = ((_S8, BLOCK_Q * keys * dim), (_VALUES[pv], BLOCK_Q * keys * (dim + (8 if pv == "fp8" else 0))))
+    products = ((_S8, BLOCK_Q * keys * dim), (_VALUES[pv], BLOCK_Q * keys * dim))
     nbytes = keys * dim * (3 if pv == "fp16" else 2)
     return Tile(dim, keys, products, BLOCK_Q * keys + rows * (2 if pv == "int8" else 1), counted, nbytes, _LOADS)
 

@@ -21,21 +21,12 @@ DEVICE int64_t cycles_now() {
 }
 // a as float, by the conversion instruction on every arch.
 DEVICE float converted(int a) { return __int2float_rn(a); }
-// mma_half and mma_e4m3 with sums in fp16: c[0] holds row g, columns 2t and 2t+1, c[1] row g + 8.
+// mma_half with sums in fp16: c[0] holds row g, columns 2t and 2t+1, c[1] row g + 8.
 DEVICE void mma_half_short(uint32_t (&c)[2], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1},{%2,%3,%4,%5},{%6,%7},{%0,%1};"
       : "+r"(c[0]), "+r"(c[1])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// Needs sm_89 and a compiler of CUDA 12.8.
-#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
-DEVICE void mma_e4m3_short(uint32_t (&c)[2], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.f16.e4m3.e4m3.f16 {%0,%1},{%2,%3,%4,%5},{%6,%7},{%0,%1};"
-      : "+r"(c[0]), "+r"(c[1])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-#define HAS_E4M3_SHORT
-#endif
 #else
 #define ROLLED
 DEVICE int64_t cycles_now() {  // every look is one cycle
@@ -43,21 +34,13 @@ DEVICE int64_t cycles_now() {  // every look is one cycle
   return __atomic_add_fetch(&now, 1, __ATOMIC_SEQ_CST);
 }
 DEVICE float converted(int a) { return (float)a; }
-template <class Product>
-DEVICE void in_short(uint32_t (&c)[2], Product product) {
+DEVICE void mma_half_short(uint32_t (&c)[2], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   float wide[4];
   for (int e = 0; e < 4; ++e) wide[e] = half_to_float((uint16_t)(c[e / 2] >> e % 2 * 16));
-  product(wide);
+  mma_half(wide, a, b0, b1);
   c[0] = pack_half(wide[0], wide[1]);
   c[1] = pack_half(wide[2], wide[3]);
 }
-DEVICE void mma_half_short(uint32_t (&c)[2], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  in_short(c, [&](float (&wide)[4]) { mma_half(wide, a, b0, b1); });
-}
-DEVICE void mma_e4m3_short(uint32_t (&c)[2], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  in_short(c, [&](float (&wide)[4]) { mma_e4m3(wide, a, b0, b1); });
-}
-#define HAS_E4M3_SHORT
 #endif
 
 // Around the rounds of a block: `start = start_rounds()`, then `end_rounds(p, start)`; all threads.

@@ -1,5 +1,5 @@
 // What the hardware allows, one kernel for each unit that the kernels lean on: mma.sync products with operands in registers, exponentials,
-// conversions, 16-byte copies out of the L2 cache, and a kernel that does nothing. sm_80 and above; e4m3: sm_89, its products sm_89 and sm_120.
+// conversions, 16-byte copies out of the L2 cache, and a kernel that does nothing. sm_80 and above; e4m3: sm_89.
 // One block of 256 threads (two warps a scheduler) for each multiprocessor does `rounds` of the same work; tests/bench/bench_ceilings.py knows how
 // much a round is. Registers only: data come once from p.data, sums go once to p.out.
 #include <ceilings_prim.cuh>
@@ -50,13 +50,6 @@ PRODUCTS(mma_s8s8, int, 4)
 PRODUCTS(mma_u8s8, int, 4)
 PRODUCTS(mma_half, float, 4)
 PRODUCTS(mma_half_short, uint32_t, 2)
-// sm_90 and sm_100 would convert to fp16, and the compiler would take the products of unchanging operands out of the loop.
-#if __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
-PRODUCTS(mma_e4m3, float, 4)
-#ifdef HAS_E4M3_SHORT
-PRODUCTS(mma_e4m3_short, uint32_t, 2)
-#endif
-#endif
 
 // ---- exponentials and conversions --------------------------------------------------------------------------------------------------------------
 // A round of a thread: kRepeats * kChains results. Every result is an operand of the next round, so none can be left out.

@@ -46,8 +46,7 @@ def test_which_exist_where(arch):
     names = {ceiling.name for ceiling in bench_ceilings.ceilings_for(arch)}
     usual = {"mma s8 x s8", "mma u8 x s8", "mma fp16", "mma fp16, sums in fp16", "exponentials", "int32 to fp32", "16-byte copies from L2"}
     hopper = {"wgmma s8, operands in shared memory", "wgmma e4m3, one operand in registers", *(f"bulk copies of {n} KB from L2" for n in (8, 16))}
-    fp8 = {"mma e4m3", "mma e4m3, sums in fp16"}
-    expected = usual | (hopper if arch == "sm_90" else set()) | (fp8 if arch in ("sm_89", "sm_120") else set())
+    expected = usual | (hopper if arch == "sm_90" else set())
     expected |= ({"fp32 to int8, values"} if arch != "sm_80" else set()) | ({"fp32 to e4m3, values"} if arch not in ("sm_80", "sm_86") else set())
     assert names == expected
 
@@ -55,7 +54,7 @@ def test_which_exist_where(arch):
 def test_work_and_rates():
     work = {ceiling.name: ceiling.work for ceiling in bench_ceilings.CEILINGS}
     warp = SUMS * REPEATS * 2 * 16 * 8
-    assert work["mma s8 x s8"] == work["mma u8 x s8"] == work["mma e4m3"] == work["mma e4m3, sums in fp16"] == 8 * warp * 32
+    assert work["mma s8 x s8"] == work["mma u8 x s8"] == 8 * warp * 32
     assert work["mma fp16"] == work["mma fp16, sums in fp16"] == 8 * warp * 16
     assert work["wgmma s8, operands in shared memory"] == work["wgmma e4m3, one operand in registers"] == 8 * 2 * 64 * 128 * 32
     assert work["exponentials"] == work["int32 to fp32"] == THREADS * CHAINS * REPEATS
@@ -89,8 +88,7 @@ def fragments(data: torch.Tensor, dtype: torch.dtype, a_dtype: torch.dtype | Non
 
 PRODUCTS = {
     "ceiling_mma_s8s8": (torch.int8, torch.int8), "ceiling_mma_u8s8": (torch.int8, torch.uint8), "ceiling_mma_half": (torch.float16, None),
-    "ceiling_mma_half_short": (torch.float16, None), "ceiling_mma_e4m3": (torch.float8_e4m3fn, None),
-    "ceiling_mma_e4m3_short": (torch.float8_e4m3fn, None),
+    "ceiling_mma_half_short": (torch.float16, None),
 }  # fmt: skip
 
 
@@ -206,11 +204,10 @@ def compiler():
 
 
 # The low 12 bits of a machine instruction, and how many a kernel has in its rounds: those of one round.
-IMMA, HMMA, QMMA, MUFU, I2F, I2FP, F2IP, F2FP = 0x237, 0x23C, 0x27A, 0x308, 0x306, 0x245, 0x243, 0x23E
+IMMA, HMMA, MUFU, I2F, I2FP, F2IP, F2FP = 0x237, 0x23C, 0x308, 0x306, 0x245, 0x243, 0x23E
 HELD = {
     "ceiling_mma_s8s8": (IMMA, 32), "ceiling_mma_u8s8": (IMMA, 32), "ceiling_mma_half": (HMMA, 32), "ceiling_mma_half_short": (HMMA, 32),
-    "ceiling_mma_e4m3": (QMMA, 32), "ceiling_mma_e4m3_short": (QMMA, 32), "ceiling_exp2": (MUFU, 32), "ceiling_to_float": (I2FP, 32),
-    "ceiling_pack_int8": (F2IP, 64), "ceiling_pack_e4m3": (F2FP, 64),
+    "ceiling_exp2": (MUFU, 32), "ceiling_to_float": (I2FP, 32), "ceiling_pack_int8": (F2IP, 64), "ceiling_pack_e4m3": (F2FP, 64),
 }  # fmt: skip
 
 

@@ -292,7 +292,7 @@ def test_all_forms_together_are_every_packaged_kernel(arch):
     assert gpu_machines.expected(arch, config.forms(arch)) == {pair for pair in every if drawn or pair[1] != "sparge_sequence"}
 
 
-@pytest.mark.parametrize("arch, pv", [("sm_89", "int8"), ("sm_120", "fp8"), ("sm_90", "fp8")])
+@pytest.mark.parametrize("arch, pv", [("sm_89", "int8"), ("sm_120", "fp16"), ("sm_90", "fp8")])
 def test_the_nasty_calls_launch_every_kernel_of_a_form(arch, pv, monkeypatch):
     watched = gpu_machines.Watched(bench_host.StubMachine(arch, pv))
 

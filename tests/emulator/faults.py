@@ -62,7 +62,7 @@ ATTENTION = [
     Fault("Q is read as if it were not swizzled", MMA, "chunk_of(kDim, group, 2 * i + half)", "(2 * i + half)", ODD),
     Fault("decay of the other row", MMA, "fused(o[2 * d + x][e], decay[e >> 1], to_float(", "fused(o[2 * d + x][e], decay[e & 1], to_float(", ODD),
     Fault("the missing half of a tile is seen", SOFTMAX, "bool missing = block >= tile.blocks;", "bool missing = false;", ODD),
-    Fault("the missing half of V is not cleared", MMA, "} else if (kPv != kPvInt8) {", "} else if (kPv == kPvFp8) {",
+    Fault("the missing half of V is not cleared", MMA, "} else if (kPv == kPvHalf) {", "} else if (false) {",
           attention("every_variant_on_odd_lengths", "mma", "fp16", 64, False)),
     Fault("lanes of a warp decide each for itself", MMA, "kept = any_lane(tile_maxima<false>(acc, factor, threshold, rows, tile_top));",
           "kept = tile_maxima<false>(acc, factor, threshold, rows, tile_top);", DROPS),

@@ -213,6 +213,3 @@ DEVICE void mma_u8s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t 
 DEVICE void mma_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SITE) {
   emulator::multiply(emulator::kMmaHalf, c, a, b0, b1, at);
 }
-DEVICE void mma_e4m3(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SITE) {
-  emulator::multiply(emulator::kMmaE4m3, c, a, b0, b1, at);
-}

@@ -21,7 +21,7 @@
 namespace emulator {
 
 const char* const kNames[kKinds] = {"sync_block", "sync_warp", "shuffle_xor", "shuffle", "shuffle_up", "any_lane", "vote",
-                                    "load_matrix", "load_matrix_transposed", "mma_s8s8", "mma_u8s8", "mma_half", "mma_e4m3", "barrier_wait",
+                                    "load_matrix", "load_matrix_transposed", "mma_s8s8", "mma_u8s8", "mma_half", "barrier_wait",
                                     "sync_threads", "arrive_threads", "any_thread", "keep_registers", "take_registers", "wgmma_s8", "wgmma_e4m3",
                                     "wgmma_wait for the product"};
 
@@ -335,9 +335,6 @@ void complete(Warp& w, Kind kind) {
     case kMmaU8S8:
       multiply<uint8_t, 32>(w, sum, [](uint8_t x) { return from_unsigned(x); }, [](uint8_t x) { return from_signed(x); });
       return accumulate(w, sum, add_int);
-    case kMmaE4m3:
-      multiply<uint8_t, 32>(w, sum, [](uint8_t x) { return e4m3_to_float(x); }, [](uint8_t x) { return e4m3_to_float(x); });
-      return accumulate(w, sum, add_float);
     case kMmaHalf:
       multiply<uint16_t, 16>(w, sum, [](uint16_t x) { return half_to_float(x); }, [](uint16_t x) { return half_to_float(x); });
       return accumulate(w, sum, add_float);

@@ -23,7 +23,6 @@ enum Kind : int {
   kMmaS8S8,
   kMmaU8S8,
   kMmaHalf,
-  kMmaE4m3,
   // sm_90 (runtime_sm90.h)
   kBarrierWait,
   kSyncThreads,

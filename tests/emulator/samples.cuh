@@ -156,7 +156,7 @@ KERNEL(convert, 256, SampleParams) {
   }
 }
 
-// out (16 x 8) = c + a (16 x K, rows) b (8 x K, columns): one warp. `which`: 0 s8 s8, 1 u8 s8, 2 e4m3, 3 half.
+// out (16 x 8) = c + a (16 x K, rows) b (8 x K, columns): one warp. `which`: 0 s8 s8, 1 u8 s8, 2 half.
 KERNEL(matrix_product, 32, SampleParams) {
   int g = lane_id() / 4, t = lane_id() % 4, words = 8;  // 32 bytes a row: K = 32 of 8 bits or 16 of 16
   const uint32_t *a = (const uint32_t*)p.a, *b = (const uint32_t*)p.b;
@@ -172,8 +172,7 @@ KERNEL(matrix_product, 32, SampleParams) {
   } else {
     float sum[4];
     for (int i = 0; i < 4; i++) sum[i] = ((const float*)p.c)[at[i]];
-    if (p.which == 2) mma_e4m3(sum, fragment, b0, b1);
-    if (p.which == 3) mma_half(sum, fragment, b0, b1);
+    mma_half(sum, fragment, b0, b1);
     for (int i = 0; i < 4; i++) ((float*)p.out)[at[i]] = sum[i];
   }
 }

@@ -315,7 +315,7 @@ def test_arithmetic():
     assert f(convert(15, n)).tolist() == n.tolist()
 
 
-@pytest.mark.parametrize("form", ["s8s8", "u8s8", "e4m3", "half"])
+@pytest.mark.parametrize("form", ["s8s8", "u8s8", "half"])
 @pytest.mark.parametrize("seed", range(3))
 def test_matrix_products(form, seed):
     a, b = random_bytes(seed, 16, 32), random_bytes(seed + 50, 8, 32)
@@ -323,15 +323,12 @@ def test_matrix_products(form, seed):
     if form == "half":
         a, b = (torch.randn(n, 16, generator=generator).half().view(torch.uint8) for n in (16, 8))
         left, right = (x.view(torch.float16).double() for x in (a, b))
-    elif form == "e4m3":
-        a, b = (torch.randn(n, 32, generator=generator).to(torch.float8_e4m3fn).view(torch.uint8) for n in (16, 8))
-        left, right = (x.view(torch.float8_e4m3fn).double() for x in (a, b))
     else:
         left, right = a.view(torch.int8).double() if form == "s8s8" else a.double(), b.view(torch.int8).double()
     integer = form.endswith("s8")
     c = torch.randint(-(2**20), 2**20, (16, 8), generator=generator).int() if integer else torch.randn(16, 8, generator=generator)
     out = emulator.guarded((16, 8), c.dtype)
-    launch("matrix_product", a=a, b=b, c=c, out=out, which=["s8s8", "u8s8", "e4m3", "half"].index(form), threads=32, seed=seed)
+    launch("matrix_product", a=a, b=b, c=c, out=out, which=["s8s8", "u8s8", "half"].index(form), threads=32, seed=seed)
     emulator.check_guards(out)
     exact = c.double() + left @ right.T
     # fp32 sums of 32 terms: the order of the additions is free.

@@ -12,7 +12,7 @@ RUNS = {
     "attention": (
         "test_attention.py::test_every_variant_on_odd_lengths[plain-d64-mma-int8]",
         "test_attention.py::test_every_variant_on_odd_lengths[masked-d64-mma-fp16]",
-        "test_attention.py::test_every_variant_on_odd_lengths[masked-d128-mma-fp8]",
+        "test_attention.py::test_every_variant_on_odd_lengths[masked-d128-mma-int8]",
         "test_attention.py::test_misaligned_outputs_take_the_narrow_stores[mma]",
         "test_attention.py::test_results_go_back_to_the_callers_order[mma]",
         "test_attention.py::test_causal[offset-150-d64-mma]",

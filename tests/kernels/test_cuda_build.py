@@ -227,12 +227,17 @@ def test_digest_sees_everything_that_decides_the_bytes(sources, monkeypatch):
 
 def test_forms_of_p_and_v():
     by_form = {pv: [arch for arch in config.CHECKED if pv in config.forms(arch)] for pv in config.PV}
-    assert by_form == {"int8": list(config.CHECKED), "fp8": ["sm_89", "sm_90", "sm_120"], "fp16": list(config.CHECKED)}
+    assert by_form == {"int8": list(config.CHECKED), "fp8": ["sm_90"], "fp16": list(config.CHECKED)}
     assert {arch: config.pv_for(arch) for arch in config.CHECKED if config.pv_for(arch) != "int8"} == {"sm_90": "fp8"}
     sources = {pv: config.attention_variant("sm_90", 64, pv, True).source for pv in config.PV}
     assert sources == {"int8": "attention_mma.cuh", "fp8": "attention_sm90.cuh", "fp16": "attention_mma.cuh"}
     exact = {(arch, v.name) for arch in config.CHECKED for v in config.variants(arch) if v.exact}
     assert exact == {("sm_90", f"attention_sm90_d{dim}_fp8{masked}") for dim in config.DIMS for masked in ("", "_masked")}
+
+
+def test_the_portable_kernel_refuses_fp8(tool, tmp_path):
+    with pytest.raises(BuildError, match="P and V in FP8 are for attention_sm90.cuh"):
+        build.compile_all(("sm_120",), tmp_path, tool=tool, variants=lambda arch: (config.attention_variant(arch, 64, "fp8", False),))
 
 
 @pytest.mark.parametrize("dim, nbytes", [(64, 1024 + 2 * 8192 + 6 * 2 * (4096 + 4096 + 512) + 2048), (128, 1024 + 32768 + 8 * (16384 + 512) + 2048)])
@@ -463,10 +468,10 @@ else:
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads((tree / "out" / "manifest.json").read_text())
     assert told["compiler"] == {"name": "nvcc", "version": "13.0"} and (tree / "kernels" / "cuda" / "manifest.json").read_bytes() == before
-    lines = [line for line in (tmp_path / "commands").read_text().splitlines() if "sm_120/attention_mma_d64_fp8_masked.cubin" in line]
+    lines = [line for line in (tmp_path / "commands").read_text().splitlines() if "sm_120/attention_mma_d64_fp16_masked.cubin" in line]
     source = tree / "kernels" / "cuda" / "src"
     assert len(lines) == 1 and lines[0].startswith(
-        f"-cubin -std=c++17 --expt-relaxed-constexpr -arch=sm_120 -I {source} -DSPARGE_DIM=64 -DSPARGE_PV=1 -DSPARGE_MASKED=1 "
+        f"-cubin -std=c++17 --expt-relaxed-constexpr -arch=sm_120 -I {source} -DSPARGE_DIM=64 -DSPARGE_PV=2 -DSPARGE_MASKED=1 "
         f"-x cu {source}/attention_mma.cuh -o "
     )
 

@@ -1,13 +1,12 @@
-// Block-sparse flash attention with mma.sync: INT8 Q K^T, P V in INT8 (unsigned P), FP8 or fp16. sm_80 and above; FP8 on sm_89 and sm_120.
+// Block-sparse flash attention with mma.sync: INT8 Q K^T, P V in INT8 (unsigned P) or fp16. sm_80 and above.
 //
 // A block of 256 threads owns one query block of 128 rows of one head; a warp owns 16 of them. Registers: the warp's Q fragments, the scores of one
 // tile, O in fp32. Shared memory: kStages tiles of K and V, filled by cp.async while earlier ones are used. A tile is 64 keys at E = 128 and two kept
 // blocks that follow each other in the list at E = 64, so that both have 128 matrix instructions per warp; an odd last block stays alone in its tile.
-// The online softmax is fp32 in log2 units. Every tile has fresh P V accumulators, added to O in fp32: FP8 accumulators keep too few bits for long
-// sums, and INT8 ones are exact within a tile only.
-//   INT8: P is rounded against the row's maximum in the tile, so that small tiles keep all their bits; the row sum is that of the unrounded P.
-//   FP8: P is offset by 2^8; the row sum is that of the rounded P, from one more product with ones.
-//   fp16: P as it is; the row sum is that of the unrounded P.
+// The online softmax is fp32 in log2 units; the row sum is that of the unrounded P.
+//   INT8: P is rounded against the row's maximum in the tile, so that small tiles keep all their bits; a tile's P V is a whole number, added to O in
+//   fp32.
+//   fp16: P as it is; its products add to O itself.
 // When no row of a warp reaches pvthreshd under its running maximum, the warp drops the tile: no exp, no P V, nothing in the denominator, and the
 // maxima stay. Skipped blocks' pooled state (compensation) enters after the loop. Rows go back to the caller's order on their way out.
 #pragma once
@@ -16,9 +15,10 @@
 
 constexpr int kDim = SPARGE_DIM;
 constexpr int kPv = SPARGE_PV;
+static_assert(kPv == kPvInt8 || kPv == kPvHalf, "P and V in FP8 are for attention_sm90.cuh");
 constexpr bool kMasked = SPARGE_MASKED;
 constexpr int kTileBlocks = kDim == 64 ? 2 : 1;
-constexpr bool kSumRounded = kPv == kPvFp8;
+constexpr bool kSumRounded = false;
 constexpr int kPolynomial = 0;
 #include <epilogue.cuh>
 
@@ -40,8 +40,8 @@ DEVICE void copy_block(uint32_t shared, const char* global) {
   UNROLL for (int i = 0; i < kBytes; i += 16 * kThreads) copy_async_16(shared + i + 16 * thread_id(), global + i + 16 * thread_id());
 }
 
-// O = O * decay + gain * P V for one tile; FP8 also takes the row sums.
-DEVICE void add_values(const uint32_t (&weights)[kGroups][4], uint32_t shared_v, const float (&decay)[2], const float (&gain)[2], Rows& rows,
+// O = O * decay + gain * P V for one tile.
+DEVICE void add_values(const uint32_t (&weights)[kGroups][4], uint32_t shared_v, const float (&decay)[2], const float (&gain)[2],
                        float (&o)[kDim / 8][4]) {
   int lane = lane_id();
   UNROLL for (int d = 0; d < kDim / 16; d++) {
@@ -55,7 +55,7 @@ DEVICE void add_values(const uint32_t (&weights)[kGroups][4], uint32_t shared_v,
         mma_half(o[2 * d], weights[g], b[0], b[1]);
         mma_half(o[2 * d + 1], weights[g], b[2], b[3]);
       }
-    } else if constexpr (kPv == kPvInt8) {
+    } else {
       int product[2][4] = {};
       UNROLL for (int g = 0; g < kGroups; g++) {
         uint32_t b[4];
@@ -69,24 +69,7 @@ DEVICE void add_values(const uint32_t (&weights)[kGroups][4], uint32_t shared_v,
           o[2 * d + x][e] = fused(o[2 * d + x][e], decay[e >> 1], to_float(product[x][e]) * gain[e >> 1]);
         }
       }
-    } else {
-      float product[2][4] = {};
-      UNROLL for (int g = 0; g < kGroups; g++) {
-        uint32_t b[4];
-        load_matrix(b, shared_v + (g / 2) * kBlockBytesV +
-                           swizzled<kRowBytesV>(d * 16 + (lane & 7) + ((lane >> 4) << 3), (g % 2) * 2 + ((lane >> 3) & 1)));
-        mma_e4m3(product[0], weights[g], b[0], b[1]);
-        mma_e4m3(product[1], weights[g], b[2], b[3]);
-      }
-      UNROLL for (int x = 0; x < 2; x++) {
-        UNROLL for (int e = 0; e < 4; e++) o[2 * d + x][e] = fused(o[2 * d + x][e], decay[e >> 1], product[x][e]);
-      }
     }
-  }
-  if constexpr (kPv == kPvFp8) {
-    float product[4] = {};
-    UNROLL for (int g = 0; g < kGroups; g++) mma_e4m3(product, weights[g], 0x38383838u, 0x38383838u);  // ones
-    UNROLL for (int h = 0; h < 2; h++) rows.sum[h] = fused(rows.sum[h], decay[h], product[2 * h]);
   }
 }
 
@@ -116,7 +99,7 @@ KERNEL(sparge_attention_mma, kThreads, AttentionParams) {
         int64_t id = id_ahead[i];
         copy_block<kBlockBytesK>(stage + i * kBlockBytesK, k8 + id * kBlockBytesK);
         copy_block<kBlockBytesV>(to_v, v8 + id * kBlockBytesV);
-      } else if (kPv != kPvInt8) {  // the missing half: its P is zero, but zero times whatever lies there might be NaN
+      } else if (kPv == kPvHalf) {  // the missing half: its P is zero, but zero times whatever lies there might be NaN
         char* zero = shared_memory() + (to_v - stages);
         for (int b = thread_id() * 16; b < kBlockBytesV; b += kThreads * 16) *(Bytes16*)(zero + b) = Bytes16{};
       }
@@ -183,7 +166,7 @@ KERNEL(sparge_attention_mma, kThreads, AttentionParams) {
       if (kept) weigh<false>(acc, factor, tile_top, rows, weights, decay, gain);
     }
     if (kept) {
-      add_values(weights, stage + kTileBlocks * kBlockBytesK, decay, gain, rows, o);
+      add_values(weights, stage + kTileBlocks * kBlockBytesK, decay, gain, o);
     } else {
       dropped++;
     }
