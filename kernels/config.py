@@ -19,11 +19,11 @@ PV = ("int8", "fp8", "fp16")
 PV_EVERYWHERE = "int8"
 """The form that is used where no other is better or available."""
 
-SHIPPED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+SHIPPED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 """Architectures whose binaries are packaged."""
 
-CHECKED = (*SHIPPED, "sm_100")
-"""Architectures that everything must compile for."""
+CHECKED = (*SHIPPED, "sm_101")
+"""Architectures that everything must compile for. sm_101 is what toolkits before CUDA 13, the packaged binaries' among them, call sm_110."""
 
 THREADS = 256
 """Threads per block of every kernel but Hopper's own."""

@@ -29,13 +29,14 @@ DATASHEET = {
     "sm_120": {_S8: 1024, _VALUES["int8"]: 1024, _VALUES["fp16"]: 256},
 }
 """Multiplications with addition a cycle of one multiprocessor: A100, RTX 3090, RTX 4090, H100 and RTX 5090. Workstation cards of sm_86, sm_89 and
-sm_120 take twice as many with sums in fp32. What mma.sync reaches on sm_90 no datasheet tells."""
+sm_120 take twice as many with sums in fp32. What mma.sync reaches on sm_90 and sm_100 no datasheet tells."""
 
 INSTRUCTIONS = {
     ("sm_80", "int8"): {128: 746, 64: 898}, ("sm_80", "fp16"): {128: 568, 64: 777},
     ("sm_86", "int8"): {128: 649, 64: 798}, ("sm_86", "fp16"): {128: 534, 64: 709},
     ("sm_89", "int8"): {128: 649, 64: 798}, ("sm_89", "fp16"): {128: 534, 64: 709},
     ("sm_90", "int8"): {128: 638, 64: 768}, ("sm_90", "fp8"): {128: 518, 64: 474}, ("sm_90", "fp16"): {128: 521, 64: 700},
+    ("sm_100", "int8"): {128: 669, 64: 787}, ("sm_100", "fp16"): {128: 542, 64: 714},
     ("sm_120", "int8"): {128: 704, 64: 850}, ("sm_120", "fp16"): {128: 601, 64: 795},
 }  # fmt: skip
 """Of each warp for a tile, as instruction_mix.py counts them in the packaged binaries."""
@@ -238,7 +239,8 @@ def portable_table() -> str:
             for dim in () if arch == config.HOPPER else reversed(config.DIMS):
                 tile = tile_of(arch, dim, pv)
                 least = floors(tile, rates(arch))
-                cells = [arch, pv, str(dim), str(tile.keys), f"{least['products']:,.0f}", f"{least['special functions']:,.0f}"]
+                products = "not known" if least["products"] is None else f"{least['products']:,.0f}"
+                cells = [arch, pv, str(dim), str(tile.keys), products, f"{least['special functions']:,.0f}"]
                 lines.append("| " + " | ".join([*cells, f"{least['issue']:,} ({tile.instructions})", f"{tile.nbytes >> 10} KB"]) + " |")
     return "\n".join(lines)
 

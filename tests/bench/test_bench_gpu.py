@@ -255,7 +255,8 @@ def test_what_times_is_alone():
 
 @pytest.mark.parametrize("arch, packaged, ptx", [
     ("sm_80", ("sm_80",), ()), ("sm_86", ("sm_86", "sm_80"), ()), ("sm_89", ("sm_89", "sm_86", "sm_80"), ()),
-    ("sm_90", ("sm_90",), ("sm_80", "sm_86", "sm_89")), ("sm_120", ("sm_120",), ("sm_80", "sm_86", "sm_89")),
+    ("sm_90", ("sm_90",), ("sm_80", "sm_86", "sm_89")), ("sm_103", ("sm_100",), ("sm_80", "sm_86", "sm_89")),
+    ("sm_121", ("sm_120",), ("sm_80", "sm_86", "sm_89", "sm_100")),
 ])  # fmt: skip
 def test_what_a_gpu_can_run(arch, packaged, ptx):
     assert gpu_carry.loadable(arch) == packaged and gpu_carry.by_driver(arch) == ptx
@@ -264,14 +265,14 @@ def test_what_a_gpu_can_run(arch, packaged, ptx):
 def test_a_gpu_that_nothing_is_packaged_for_has_its_kernels_compiled(monkeypatch):
     monkeypatch.setattr(gpu_steps.bench_report, "machine", lambda device: {})
     found = {}
-    for arch in ("sm_100", "sm_87"):
+    for arch in ("sm_110", "sm_87"):
         here = gpu_steps.Here(CPU, bench_host.StubMachine(arch, "int8"), lambda: None, lambda result: None)
         found[arch] = gpu_steps.machine(here, "")
-    assert found["sm_100"]["packaged"] == [] and found["sm_100"]["compiled"] == list(config.forms("sm_100"))
-    assert found["sm_100"]["ptx"] == ["sm_80", "sm_86", "sm_89"]
+    assert found["sm_110"]["packaged"] == [] and found["sm_110"]["compiled"] == list(config.forms("sm_110"))
+    assert found["sm_110"]["ptx"] == ["sm_80", "sm_86", "sm_89", "sm_100"]
     assert found["sm_87"]["packaged"] == ["int8", "fp16", "sm_80 int8", "sm_80 fp16"] and found["sm_87"]["compiled"] == []
-    names = [step.name for step in bench_gpu.steps(found["sm_100"])]
-    assert {f"compiled {pv}" for pv in config.forms("sm_100")} <= set(names)
+    names = [step.name for step in bench_gpu.steps(found["sm_110"])]
+    assert {f"compiled {pv}" for pv in config.forms("sm_110")} <= set(names)
 
 
 def test_packaged_kernels_are_those_of_the_package(monkeypatch):

@@ -134,11 +134,11 @@ def test_the_pinned_compiler_is_the_one_that_is_installed_for_tests_and_builds()
 
 
 def test_the_loader_compiles_the_same_bytes(binaries, tmp_path):
-    variant = config.variants("sm_100")[0]
+    variant = config.variants("sm_101")[0]
     loader = Loader(Places(tmp_path, tmp_path / "cache", lambda: iter([nvrtc.open_library(build.pinned_nvrtc())])))
     shutil.copytree(FOLDER / "src", tmp_path / "src")
-    for origin in ("compiled by NVRTC 12.8 for sm_100", "cached, compiled by NVRTC 12.8 for sm_100"):
-        assert loader.find("sm_100", variant) == Binary(binaries["sm_100", variant.name].code, "sm_100", origin)
+    for origin in ("compiled by NVRTC 12.8 for sm_101", "cached, compiled by NVRTC 12.8 for sm_101"):
+        assert loader.find("sm_101", variant) == Binary(binaries["sm_101", variant.name].code, "sm_101", origin)
 
 
 # ---- inspect and complaints ----------------------------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def make(package, *compilers, cache="cache") -> Loader:
 
 # ---- which architectures run what ----------------------------------------------------------------------------------------------------------------
 
-BUILT = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_120")
+BUILT = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,8 @@ BUILT = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_120")
         ("sm_89", BUILT, ("sm_89", "sm_86", "sm_80")),
         ("sm_90", BUILT, ("sm_90a", "sm_90")),
         ("sm_91", BUILT, ("sm_90",)),
-        ("sm_100", BUILT, ()),
+        ("sm_100", BUILT, ("sm_100",)),
+        ("sm_103", BUILT, ("sm_100",)),
         ("sm_103", ("sm_100", "sm_101"), ("sm_100",)),
         ("sm_101", ("sm_100", "sm_101"), ("sm_101", "sm_100")),
         ("sm_88", ("sm_86", "sm_87"), ("sm_86",)),

@@ -83,7 +83,7 @@ from sparge_kernels import config
 from sparge_kernels.cuda import loader
 from pathlib import Path
 assert Path(sparge_kernels.__file__).is_relative_to(sys.argv[1]), sparge_kernels.__file__
-for arch in ("sm_87", "sm_121"):
+for arch in ("sm_87", "sm_103", "sm_121"):
     for variant in config.variants(arch):
         binary = loader.find(arch, variant)
         assert binary.code.startswith(b"\\x7fELF"), binary
@@ -94,7 +94,7 @@ for arch in ("sm_87", "sm_121"):
 def test_an_installed_wheel_finds_its_binaries(wheel, tmp_path):
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(tmp_path / "site"), str(wheel), cwd=tmp_path)
     said = run(sys.executable, "-c", USE, str(tmp_path), cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"), SPARGE_CACHE_DIR=str(tmp_path / "cache"))
-    assert set(said.splitlines()) == {"packaged for sm_86", "packaged for sm_120"} and not (tmp_path / "cache").exists()
+    assert set(said.splitlines()) == {"packaged for sm_86", "packaged for sm_100", "packaged for sm_120"} and not (tmp_path / "cache").exists()
 
 
 def test_a_clone_finds_its_binaries_under_any_name(tree, tmp_path):
@@ -103,4 +103,4 @@ def test_a_clone_finds_its_binaries_under_any_name(tree, tmp_path):
     said = run(
         sys.executable, "-c", USE.replace("sparge_kernels", "some_name"), str(tmp_path), cwd=tmp_path, SPARGE_CACHE_DIR=str(tmp_path / "cache")
     )
-    assert set(said.splitlines()) == {"packaged for sm_86", "packaged for sm_120"}
+    assert set(said.splitlines()) == {"packaged for sm_86", "packaged for sm_100", "packaged for sm_120"}
