@@ -12,6 +12,7 @@ RuntimeError. Wrong results under some seeds only are a missing barrier or wait:
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -22,16 +23,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from sparge_kernels import config
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PRIMITIVES = {"prim.cuh": ("prim.cuh", "runtime.h"), "prim_sm90.cuh": ("prim_sm90.cuh", "runtime_sm90.h")}
 """Sources of the kernels that this folder has a form of its own of, with the files that such a form consists of."""
+RUNTIME = (
+    "runtime.cpp",
+    "runtime_warp.cpp",
+    "record.cpp",
+    "sm90.cpp",
+    "sm90_barriers.cpp",
+    "sm90_products.cpp",
+    "sm90_registers.cpp",
+    "sm90_watch.cpp",
+)
+"""What these forms call, but for the headers machine.h, record.h and sm90.h."""
 SOURCES = ROOT / "kernels" / "cuda" / "src"
 CACHE = ROOT / ".emulator"
 
@@ -40,20 +55,50 @@ FLAGS = (
     "-O1",
     "-fPIC",
     "-fvisibility=hidden",
-    "-ffp-contract=off",
     "-fno-strict-aliasing",
     "-fno-math-errno",
     "-ftls-model=initial-exec",
     "-pthread",
 )
-# What the device finds in a variable that nothing was written to is not zero either.
-KERNEL_FLAGS = ("-ftrivial-auto-var-init=pattern", "-Werror=return-type")
+# What the device finds in a variable that nothing was written to is not zero either. The directory of a build does not become a part of it.
+KERNEL_FLAGS = ("-ftrivial-auto-var-init=pattern", "-Werror=return-type", "-fno-working-directory")
+WATCH_FLAGS = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-nodefaultlibs")
+"""Every access of Hopper's kernels to memory calls a function of sm90_watch.cpp; ThreadSanitizer itself, whose calls these are, stays out."""
 SANITIZE_FLAGS = ("-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 SANITIZED_EXIT = 99
 KEPT_DAYS = 7
 """How long the cache keeps a build that nobody uses."""
 GUARD = 4096
 """Bytes of the sentinels before and after a guarded tensor."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What a build takes from the device that it pretends, where devices and compilers differ.
+
+    Attributes
+    ----------
+    arch : str
+        `__CUDA_ARCH__`. What is written for Hopper alone is built for Hopper whatever this says.
+    contract : bool
+        The compiler makes one operation of a * b + c, rounded once, where it likes, as NVRTC does.
+    salt : int
+        Not 0: exp2_of, log2_of and inverse_root are off by up to twice what they may be on a device, by the same for the same argument; another
+        number, other errors.
+    """
+
+    arch: str = "sm_89"
+    contract: bool = False
+    salt: int = 0
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        # The pass that makes fused products is one of g++'s expensive ones.
+        return ("-ffp-contract=fast", "-fexpensive-optimizations") if self.contract else ("-ffp-contract=off",)
+
+    @property
+    def defines(self) -> tuple[str, ...]:
+        return f"-D__CUDA_ARCH__={10 * config.number(self.arch)}", f"-DEMULATOR_SALT={self.salt}"
 
 
 class BuildError(Exception):
@@ -84,23 +129,38 @@ def _machine_flags() -> tuple[str, ...]:
     return (*arch, f"-DEMULATOR_COMPILER={hashlib.sha256(version.encode()).hexdigest()[:8]}")
 
 
-def _build(name: str, flags: tuple[str, ...], files: dict[str, str], unit: str, suffix: str) -> Path:
-    """Compiles `unit` with `files` around it, once per content; two processes may do it at the same time."""
-    key = hashlib.sha256(repr((flags, sorted(files.items()), unit)).encode()).hexdigest()[:20]
+def _preprocessed(name: str, flags: tuple[str, ...], files: dict[str, str], unit: str) -> str:
+    """`unit` with all that it includes."""
+    with tempfile.TemporaryDirectory() as folder:
+        _write(folder, files)
+        done = subprocess.run([compiler(), *flags, "-E", unit], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"g++ refuses {name}:\n{done.stderr[-20000:]}")
+    return done.stdout
+
+
+def _write(folder: str, files: dict[str, str]) -> None:
+    for file, text in files.items():
+        path = Path(folder, file)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+
+def build(name: str, flags: tuple[str, ...], files: dict[str, str], units: tuple[str, ...], suffix: str) -> Path:
+    """Compiles `units` with `files` around them, once per content; two processes may do it at the same time."""
+    key = hashlib.sha256(repr((flags, sorted(files.items()), units)).encode()).hexdigest()[:20]
     target = CACHE / f"{name}-{key}{suffix}"
     if target.exists():
         os.utime(target)
         return target
     CACHE.mkdir(exist_ok=True)
     for old in CACHE.iterdir():
-        if time.time() - old.stat().st_mtime > KEPT_DAYS * 86400:
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # of another process
+            if time.time() - old.stat().st_mtime > KEPT_DAYS * 86400:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="build-") as folder:
-        for file, text in files.items():
-            path = Path(folder, file)
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
-        done = subprocess.run([compiler(), *flags, unit, "-o", "built"], cwd=folder, capture_output=True, text=True)
+        _write(folder, files)
+        done = subprocess.run([compiler(), *flags, *units, "-o", "built"], cwd=folder, capture_output=True, text=True)
         if done.returncode:
             raise BuildError(f"g++ refuses {name}:\n{done.stderr[-20000:]}")
         os.replace(Path(folder, "built"), target)
@@ -142,6 +202,55 @@ class _Field(ctypes.Structure):
     _fields_ = [("owner", ctypes.c_char_p), ("name", ctypes.c_char_p), ("offset", ctypes.c_int64), ("size", ctypes.c_int64)]
 
 
+class Record(NamedTuple):
+    """What a thread did at a barrier.
+
+    Attributes
+    ----------
+    block, thread : int
+    event : str
+        One of EVENTS.
+    where : int
+        The barrier's shared address, or the hardware barrier's number; of a copy its destination.
+    amount : int
+        Arrivals that a new barrier counts, bytes that an arrival announces or a copy has, the parity of a wait, threads that meet.
+    other : int
+        Of a copy its barrier, of a vote what the thread itself says.
+    """
+
+    block: int
+    thread: int
+    event: str
+    where: int
+    amount: int
+    other: int
+
+
+EVENTS = ("init", "arrive", "wait", "copy", "sync_threads", "arrive_threads", "any_thread")
+"""In the order of `Event` of record.h."""
+
+
+class _Record(ctypes.Structure):
+    _fields_ = [("block", ctypes.c_int64), ("thread", ctypes.c_int32), ("event", ctypes.c_int32), ("where", ctypes.c_uint32),
+                ("amount", ctypes.c_int32), ("other", ctypes.c_uint32)]  # fmt: skip
+
+
+@contextmanager
+def _recorded(to: list[Record] | None):
+    """Within, what threads do at barriers is noted down for `to`."""
+    if to is None:
+        yield
+        return
+    note, found = _runtime_library().emulator_record, ctypes.POINTER(_Record)()
+    note.restype = ctypes.c_int64
+    note(1, ctypes.byref(found))
+    try:
+        yield
+    finally:
+        for one in found[: note(0, ctypes.byref(found))]:
+            to.append(Record(one.block, one.thread, EVENTS[one.event], one.where, one.amount, one.other))
+
+
 class Library:
     """The kernels of one build."""
 
@@ -152,8 +261,9 @@ class Library:
         self._dll = ctypes.CDLL(str(path))
 
     def launch(
-        self, symbol: str, grid: int, params: ctypes.Structure, *, shared: int = 0, threads: int = 256, seed: int = 0, limit: float = 120.0
-    ) -> None:
+        self, symbol: str, grid: int, params: ctypes.Structure, *, shared: int = 0, threads: int = 256, seed: int = 0, limit: float = 120.0,
+        record: list[Record] | None = None,
+    ) -> None:  # fmt: skip
         """Runs one kernel on the whole grid and returns when it is done.
 
         Parameters
@@ -173,6 +283,8 @@ class Library:
             odd ones some do early.
         limit : float
             Seconds after which the launch counts as hung.
+        record : list of Record, optional
+            Gets what threads do at barriers, each thread's operations in their order.
 
         Raises
         ------
@@ -183,7 +295,9 @@ class Library:
         error = ctypes.create_string_buffer(8192)
         workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         arguments = (kernel, grid, threads, shared or self._shared, ctypes.byref(params), ctypes.sizeof(params), seed, workers, limit)
-        if self._launch(*arguments, error, len(error)):
+        with _recorded(record):
+            failed = self._launch(*arguments, error, len(error))
+        if failed:
             raise RuntimeError(error.value.decode(errors="replace"))
 
     def layout(self) -> dict[str, tuple[int, dict[str, tuple[int, int]]]]:
@@ -200,13 +314,15 @@ class Library:
         return found
 
 
-def library(variant, *, sanitize: bool = False, replace: tuple[tuple[str, str], ...] = ()) -> Library:
+def library(variant, *, arch: str | None = None, sanitize: bool = False, replace: tuple[tuple[str, str], ...] = ()) -> Library:
     """The build of one variant for this CPU, from the cache where it is there.
 
     Parameters
     ----------
     variant : config.Variant
         Its `source` is a file in kernels/cuda/src, or an absolute path.
+    arch : str
+        The device to pretend; by default that of the configuration (see `configured`).
     sanitize : bool
         With AddressSanitizer and UndefinedBehaviorSanitizer, which only a process under `run_sanitised` can load; there it is always on.
     replace : tuple of (old, new)
@@ -214,10 +330,12 @@ def library(variant, *, sanitize: bool = False, replace: tuple[tuple[str, str], 
     """
     if sanitize and not sanitised():
         raise RuntimeError("a sanitised build can only be loaded by a process that run_sanitised started")
-    return _library(variant, tuple(replace), tuple(_alterations))
+    used = _configurations[-1]
+    return _library(variant, used if arch is None else dataclasses.replace(used, arch=arch), tuple(replace), tuple(_alterations))
 
 
 _alterations: list[tuple[str, str, str]] = []
+_configurations = [Configuration()]
 
 
 @contextmanager
@@ -230,25 +348,43 @@ def altered(file: str, old: str, new: str):
         _alterations.pop()
 
 
+@contextmanager
+def configured(configuration: Configuration):
+    """Within, every library is built so."""
+    _configurations.append(configuration)
+    try:
+        yield
+    finally:
+        _configurations.pop()
+
+
+@functools.cache
+def _runtime_library() -> ctypes.CDLL:
+    """The runtime, which is loaded once and holds the stacks that all libraries' threads run on."""
+    names = (*itertools.chain(*PRIMITIVES.values()), "machine.h", "record.h", "sm90.h", *RUNTIME)
+    files = {f"host/{name}": (HERE / name).read_text() for name in names}
+    used = Configuration()
+    flags, units = (*compile_flags(used), *used.defines, "-O3", "-shared", "-Ihost"), tuple(f"host/{name}" for name in RUNTIME)
+    return ctypes.CDLL(str(build("runtime", flags, files, units, ".so")), mode=ctypes.RTLD_GLOBAL)
+
+
 @functools.cache
 def _runtime():
-    """The launch function of the runtime, which is loaded once and holds the stacks that all libraries' threads run on."""
-    names = (*itertools.chain(*PRIMITIVES.values()), "machine.h", "runtime.cpp", "runtime_sm90.cpp")
-    files = {f"host/{name}": (HERE / name).read_text() for name in names}
-    path = _build("runtime", (*_flags(), "-O3", "-shared", "host/runtime_sm90.cpp"), files, "host/runtime.cpp", ".so")
-    launch = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL).emulator_launch
+    """Its launch function."""
+    launch = _runtime_library().emulator_launch
     pointer, long = ctypes.c_void_p, ctypes.c_int64
     what, how = [pointer, long, ctypes.c_int, long, pointer, long], [ctypes.c_uint64, ctypes.c_int, ctypes.c_double]
     launch.argtypes = [*what, *how, ctypes.c_char_p, long]
     return launch
 
 
-def _flags() -> tuple[str, ...]:
-    return (*FLAGS, *_machine_flags(), *(SANITIZE_FLAGS if sanitised() else ()))
+def compile_flags(configuration: Configuration = Configuration()) -> tuple[str, ...]:
+    """What everything is compiled with that this process loads; but for its definitions."""
+    return (*FLAGS, *configuration.flags, *_machine_flags(), *(SANITIZE_FLAGS if sanitised() else ()))
 
 
 @functools.cache
-def _library(variant, replace: tuple[tuple[str, str], ...], alterations: tuple[tuple[str, str, str], ...]) -> Library:
+def _library(variant, configuration: Configuration, replace: tuple[tuple[str, str], ...], alterations: tuple[tuple[str, str, str], ...]) -> Library:
     source = SOURCES / variant.source
     texts = {name: path.read_text() for name, path in _closure(source).items()}
     own = {"prim.cuh"} | {name for name in PRIMITIVES for text in texts.values() if f"<{name}>" in text}
@@ -261,9 +397,14 @@ def _library(variant, replace: tuple[tuple[str, str], ...], alterations: tuple[t
             raise ValueError(f"the text to replace must be in the sources of {variant.name} exactly once, got {len(places)} in {places}: {old!r}")
         texts[places[0]] = texts[places[0]].replace(old, new)
     files = {**interface, **{f"source/{name}": text for name, text in texts.items()}, "unit.cpp": _unit(source.name, texts.get("layout.cuh"))}
-    defines = tuple(f"-D{name}={value}" for name, value in variant.defines)
-    flags = (*_flags(), *KERNEL_FLAGS, *defines, "-shared", "-Ihost", "-Isource")
-    return Library(_build(variant.name, flags, files, "unit.cpp", ".so"), variant.shared)
+    for_hopper = "prim_sm90.cuh" in own
+    if for_hopper:
+        configuration = dataclasses.replace(configuration, arch=config.HOPPER)
+    flags = (*compile_flags(configuration), *KERNEL_FLAGS, *(WATCH_FLAGS if for_hopper and not sanitised() else ()))
+    defines = (*(f"-D{name}={value}" for name, value in variant.defines), *configuration.defines)
+    # Builds are told apart by what is left of the text: that of one arch is mostly that of another.
+    text = _preprocessed(variant.name, (*flags, *defines, "-Ihost", "-Isource"), files, "unit.cpp")
+    return Library(build(variant.name, (*flags, "-shared"), {"unit.ii": text}, ("unit.ii",), ".so"), variant.shared)
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -80,6 +80,8 @@ ATTENTION = [
     Fault("the row sum misses two lanes", EPILOGUE, "sum += shuffle_xor(sum, 2);", "sum += shuffle_xor(sum, 1);", ODD),
     Fault("the skipped state joins unweighted", EPILOGUE, "value[i] = fused(skipped, pooled, value[i]);", "value[i] += skipped;",
           attention("the_state_of_skipped_blocks_joins_at_the_end", "mma", "int8", 64)),
+    Fault("thresholds of as many heads as the batch has", MMA, "p.pv_heads[item.head]", "p.pv_heads[item.head_of_batch]",
+          attention("thresholds_of_each_head", "mma")),
     Fault("keys of another head", EPILOGUE, "item.batch * p.kv_heads + item.head / (p.heads / p.kv_heads)",
           "item.batch * p.kv_heads + item.head % p.kv_heads",
           Check("test_whole_call", "test_block_masks_with_empty_and_full_rows", ("int8", 64, (2, 4)))),
@@ -118,6 +120,8 @@ H_DROPS = attention("tiles_far_below_are_dropped_as_the_reference_drops_them", "
 H_ORDER = attention("a_bitwise_repeat_in_any_order", "sm90")
 H_GRID = attention("a_bitwise_repeat_on_any_grid", 64, "random")
 H_LEFT = attention("what_an_item_leaves_in_shared_memory_does_not_reach_the_next", 64)
+H_HEADS = attention("thresholds_of_each_head", "sm90")
+H_SHORT = attention("short_lists_one_after_the_other")
 H_EMPTY = attention("empty_lists_one_after_the_other")
 H_SEQUENCE = attention("the_sequence_says_what_an_item_is", 64)
 H_OVERLAP = attention("every_candidate", 64, config.HopperConfig(tile_blocks=2, ones=True, overlap=True, split=False, poly=0, stages=6))
@@ -126,6 +130,29 @@ H_SPLIT = attention("every_candidate", 64, config.HopperConfig(tile_blocks=2, on
 FETCH = """blocks * kBytesK + kTileBlocks * kBytesV);
           UNROLL for (int b = 0; b < kTileBlocks; b++) {
             if (b < blocks) bulk_copy(place_of_k("""
+
+TILE_FACTS = """          UNROLL for (int b = 0; b < kTileBlocks; b++) {
+            control().facts[stage_of(tile)].id[b] = id[b];
+            control().facts[stage_of(tile)].scale[b] = scale[b];
+          }
+"""
+TILE_COPIES = """          barrier_arrive_expect(barrier, blocks * kBytesK + kTileBlocks * kBytesV);
+          UNROLL for (int b = 0; b < kTileBlocks; b++) {
+            if (b < blocks) bulk_copy(place_of_k(stage_of(tile)) + b * kBytesK, k8 + (int64_t)id[b] * kBytesK, kBytesK, barrier);
+            bulk_copy(place_of_v(stage_of(tile)) + b * kPlaceV, v8 + (int64_t)id[b] * kBytesV, kBytesV, barrier);
+          }
+"""
+ITEM_FACTS = """      facts.item = item;
+      facts.count = count;
+      facts.threshold = p.pv_heads ? p.pv_heads[item.head] : p.pvthreshd;
+"""
+ITEM_COPIES = """      barrier_arrive_expect(barrier, kBytesQ + sizeof facts.q_scale);
+      bulk_copy(place_of_q(slot_of(turn)), p.q8 + item.list * kBytesQ, kBytesQ, barrier);
+      bulk_copy(shared_address(facts.q_scale), p.q_scale + item.list * kBlockQ, sizeof facts.q_scale, barrier);
+"""
+FOR_ALL_WARPS = "for (int i = 0; i < 4 && (thread_id_again() & 127) == 0; i++) barrier_arrive(empty(stage_of(tile)));"
+SCALES_READ = "    fence_async();\n    sync_warp();  // all lanes have read the item's facts\n"
+PRODUCER = "keep_registers<kProducerRegisters>();\n    if (warp_id() == 0) produce(p, blocks_q);"
 
 ATTENTION_HOPPER = [
     Fault("a tile is used before it has landed", HOPPER, "take_turn();\n          barrier_wait(full(next), parity_of(tile + 1));", "take_turn();",
@@ -139,6 +166,10 @@ ATTENTION_HOPPER = [
     Fault("a slot is free when one warpgroup is done with it", HOPPER, "barrier_init(q_empty(i), 8)", "barrier_init(q_empty(i), 4)", H_GRID),
     Fault("barriers are not published", HOPPER, "    barrier_publish();\n", "", H_ODD),
     Fault("the producer's lanes go on one by one", HOPPER, "    sync_warp();  // a lane that waited", "    // a lane that waited", H_EMPTY),
+    Fault("thresholds of as many heads as the batch has", HOPPER, "p.pv_heads[item.head]", "p.pv_heads[item.head_of_batch]", H_HEADS),
+    Fault("a lane that waits for a stage misses its phase", HOPPER, "    sync_warp();  // as above", "    // as above", H_SHORT),
+    Fault("facts of a tile are written when its copies are under way", HOPPER, TILE_FACTS + TILE_COPIES, TILE_COPIES + TILE_FACTS, H_SHORT),
+    Fault("facts of an item are written when its copies are under way", HOPPER, ITEM_FACTS + ITEM_COPIES, ITEM_COPIES + ITEM_FACTS, H_SHORT),
     Fault("a tile is freed while it is multiplied", HOPPER, "            wgmma_wait<1>(product);\n            free_stage();",
           "            free_stage();\n            wgmma_wait<1>(product);", H_LONG),
     Fault("a dropped tile is not freed", HOPPER, "pass_turn();\n            free_stage();\n          }", "pass_turn();\n          }", H_DROPS),
@@ -187,6 +218,22 @@ ATTENTION_HOPPER = [
     Fault("scores are read while they are summed, without turns", HOPPER,
           "            wgmma_wait<1>(acc);\n          }\n          softmax", "          }\n          softmax", H_OVERLAP),
     Fault("P of a dropped tile is what was there", HOPPER, "if (!now.kept) nothing(now);", "", H_SPLIT),
+    Fault("a warp frees a tile for its whole warpgroup", HOPPER, "if (is_first_lane()) barrier_arrive(empty(stage_of(tile)));", FOR_ALL_WARPS,
+          H_RING),
+    Fault("a warp frees Q for its whole warpgroup", HOPPER, "if (is_first_lane()) barrier_arrive(q_empty(slot_of(turn)));",
+          FOR_ALL_WARPS.replace("empty(stage_of(tile))", "q_empty(slot_of(turn))"), H_GRID),
+    Fault("scales are freed that may still be read", HOPPER, SCALES_READ, SCALES_READ.replace("fence_async();\n", ""), H_GRID),
+    Fault("one lane fences what all lanes of its warp read", HOPPER, SCALES_READ, SCALES_READ.replace("fence", "if (is_first_lane()) fence"), H_GRID),
+    Fault("one thread fences the ones that all have written", HOPPER, "    fence_async();\n  }\n  sync_block();",
+          "    if (thread_id() == 0) fence_async();\n  }\n  sync_block();", H_ODD),
+    Fault("the ones are fenced before all are written", HOPPER, "[word] = 0x38383838u;\n    }\n    fence_async();\n",
+          "[word] = 0x38383838u;\n      if (i < kThreads) fence_async();\n    }\n", H_ODD),
+    Fault("more registers are taken than are given away", HOPPER, "kConsumerRegisters = 240", "kConsumerRegisters = 248", H_ODD),
+    Fault("no registers are given away", HOPPER, "    keep_registers<kProducerRegisters>();\n", "", H_ODD),
+    Fault("registers are given away at the end", HOPPER, PRODUCER, "\n    ".join(reversed(PRODUCER.split("\n    "))), H_ODD),
+    Fault("a descriptor whose leading dimension is 2", HOPPER, "b = matrix_descriptor<kDim>(k);", "b = matrix_descriptor<kDim>(k) + (1 << 16);",
+          H_ODD),
+    Fault("a descriptor of the next k-step by its bytes", HOPPER, "at_byte(a, 32 * i)", "a + 32 * i", H_ODD),
     Fault("both parts of P V have the first channels", HOPPER, "part * kPartTiles * 8 * kBlockK + (g % 2)", "(g % 2)", H_SPLIT),
 ]  # fmt: skip
 

@@ -33,11 +33,14 @@ constexpr int kPoison = 0x7f;         // large as an integer, 3e38 as fp32, NaN 
 constexpr int kRedzone = 0xc3;
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxCopies = 256;       // under way at once, per thread
+constexpr int kLongestStill = 20;     // a thread stands still for fewer turns than two to the power of this
 constexpr size_t kPage = 4096;
 constexpr size_t kStack = 256 << 10;  // per thread, of which the lowest page is the guard
 constexpr size_t kSharedLimit = 227 << 10;
+constexpr size_t kSharedPages = (kSharedLimit + kPage - 1) / kPage * kPage;
+constexpr size_t kGuard = 256 << 10;  // before and after these: a place that is off by the whole of shared memory is told too
 
-struct Async;  // runtime_sm90.cpp: barriers, bulk copies and products under way
+struct Async;  // sm90.h: barriers, bulk copies and products under way
 
 enum State : uint8_t { kRunning, kWaiting, kEnded };
 
@@ -79,7 +82,7 @@ struct Warp {
 // What a host thread needs to run blocks; kept between launches.
 struct Machine {
   char* stacks = nullptr;
-  char* shared_pages = nullptr;  // guard page, kSharedLimit rounded up, guard page
+  char* shared_pages = nullptr;  // kGuard, kSharedPages, kGuard
   char* signal_stack = nullptr;
   bool left_midway = false;  // the last block failed
   std::vector<Fiber> fibers;
@@ -109,6 +112,9 @@ struct Block {
   uint64_t random;
   int slice;  // 0: a warp goes as far as it can
   bool late;  // copies land as late as they may
+  int slow;  // the warp of those who may stand still; -1: none
+  uint32_t still;  // its lanes that are passed over until turn `still_until`, or until nobody else can go on
+  int64_t turn, still_until;
   Async* async;  // null until the first use
   uint32_t ready_warps;
   int arrived, ended;
@@ -133,6 +139,7 @@ inline uint64_t draw() {
   z = (z ^ z >> 27) * 0x94d049bb133111ebull;
   return z ^ z >> 31;
 }
+extern const char* const kNames[kKinds];
 const char* base_name(const char* path);
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
 
@@ -144,6 +151,8 @@ void yield(Fiber& me, int warp, bool turn_over);
 void make_ready(int warp, uint32_t lanes);
 void wait(Fiber& me, Kind kind, Site at);
 
+// What the lanes of a warp have come together for: from their operands to their results.
+void complete(Warp& w, Kind kind);
 float e4m3_to_float(uint8_t a);
 typedef float Eight __attribute__((vector_size(32)));
 
@@ -152,6 +161,7 @@ void async_turn();              // at a change of threads: something under way m
 bool async_stuck();             // no thread can go on: something under way comes to its end; false: nothing is under way
 void async_thread_ends();
 void async_block_ends();
-void async_describe(char* text, size_t size);  // the barriers that threads wait for
+void async_describe(char* text, size_t size);  // what threads wait for
+void issue(int warp);  // a product that the lanes of a warp have come to
 
 }  // namespace emulator

@@ -13,7 +13,7 @@ typedef unsigned long uint64_t;
 
 #include "runtime.h"
 
-#define __CUDA_ARCH__ 890  // the first one that has every function
+// The build defines __CUDA_ARCH__, and EMULATOR_SALT: not 0 where approximations are to be off (emulator.py, Configuration).
 
 // The thread's function takes the struct by reference: const for all threads, as a grid constant is.
 #define KERNEL(name, threads, Params)                                                                                            \
@@ -76,17 +76,38 @@ DEVICE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 DEVICE float absolute(float a) { return as_float(as_bits(a) & 0x7fffffffu); }
 DEVICE float floor_of(float a) { return __builtin_floorf(a); }
 DEVICE float root(float a) { return __builtin_sqrtf(a); }
-DEVICE float inverse_root(float a) { return 1.0f / __builtin_sqrtf(a); }
+
+namespace emulator {
+// y = f(x) as an approximation might have it: up to `steps` steps off, always by the same for one x. The values that are no approximations stay.
+DEVICE float approximate(float y, float x, int steps, float step) {
+  if (!EMULATOR_SALT || y == 0.0f || y - y != 0.0f || x == 0.0f) return y;
+  uint32_t hash = (as_bits(x) ^ EMULATOR_SALT * 0x9e3779b9u) * 0x85ebca6bu;
+  hash = (hash ^ hash >> 13) * 0xc2b2ae35u;
+  hash = (hash ^ hash >> 16) % (2 * steps + 1);
+  return step == 0.0f ? as_float(as_bits(y) + hash - steps) : y + step * ((int)hash - steps);
+}
+constexpr float kLastPlace = 0.0f;  // a step of a unit in the last place
+}  // namespace emulator
+
+// Of an approximation's error the PTX ISA has: exp2, and log2 outside of (0.5, 2), 2 ** -22 relative; log2 inside, 2 ** -22 absolute; rsqrt
+// 2 ** -22.9 relative. Off by 4 units in the last place is one to two times the first, off by four steps of 2 ** -23 twice the second.
+DEVICE float inverse_root(float a) { return emulator::approximate(1.0f / __builtin_sqrtf(a), a, 4, emulator::kLastPlace); }
 DEVICE float divide(float a, float b) { return a / b; }
 DEVICE int count_bits(uint32_t a) { return __builtin_popcount(a); }
 DEVICE float exp2_of(float a) {
-  float y = __builtin_exp2f(a);
+  float y = emulator::approximate(__builtin_exp2f(a), a, 4, emulator::kLastPlace);
   return y < 1.17549435e-38f ? 0.0f : y;
 }
-DEVICE float log2_of(float a) { return __builtin_log2f(a); }
+DEVICE float log2_of(float a) {
+  return emulator::approximate(__builtin_log2f(a), a, 4, a > 0.5f && a < 2.0f ? 0x1p-23f : emulator::kLastPlace);
+}
 DEVICE float to_float(int a, SITE) {
   if (a < -(1 << 22) || a >= (1 << 22)) emulator::refuse("to_float is exact below 2 ** 22 only", a, at);
+#if __CUDA_ARCH__ == 800
+  return as_float(a + 0x4b400000) - 12582912.0f;
+#else
   return (float)a;
+#endif
 }
 
 // ---- number formats ----------------------------------------------------------------------------------------------------------------------------
@@ -132,7 +153,10 @@ DEVICE uint32_t pack_uint8(float a, float b, float c, float d, SITE) {
   return y;
 }
 // NaN gives the NaN 0x7f; infinity saturates.
-DEVICE uint32_t pack_e4m3(float a, float b, float c, float d) {
+DEVICE uint32_t pack_e4m3(float a, float b, float c, float d, SITE) {
+#if __CUDA_ARCH__ < 890
+  emulator::refuse("pack_e4m3 needs sm_89", __CUDA_ARCH__ / 10, at);
+#endif
   float x[4] = {a, b, c, d};
   uint32_t y = 0;
   for (int i = 0; i < 4; i++) {

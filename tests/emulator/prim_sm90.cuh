@@ -41,13 +41,6 @@ DEVICE void take_registers(SITE) {
 // Exact, each k32 summed in fp32 before it is added to c; the device's e4m3 sums drop bits of the smaller terms.
 // `c` and `a` are found by their address until wgmma_wait lets go of the product: they must be variables that live that long.
 
-namespace emulator {
-DEVICE void check_start(uint32_t shared, int row_bytes, Site at) {
-  uint32_t inside = shared % (8 * row_bytes);
-  if (inside >= (uint32_t)row_bytes || inside % 32) refuse("a matrix starts at 8 rows, or 32, 64 or 96 bytes into the first row", shared, at);
-}
-}  // namespace emulator
-
 template <int kRowBytes>
 DEVICE uint64_t matrix_descriptor(uint32_t shared, SITE) {
   static_assert(kRowBytes == 64 || kRowBytes == 128, "rows of 64 or 128 bytes");

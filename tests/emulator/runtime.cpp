@@ -2,7 +2,8 @@
 //
 // A thread runs until it meets others (a barrier, a shuffle, a matrix product). The last lane of a warp to arrive computes the result for all. What
 // runs next is random: per block either one warp goes as far as it can before another has its turn, or warps take turns of random length; the lanes
-// of a warp go in a random order either way. So a missing barrier, which the hardware forgives most of the time, gives wrong results under some seed.
+// of a warp go in a random order either way. In most blocks one warp is slow: where one of its threads gives up its turn, it or the whole warp may be passed
+// over for long, unless nobody else can go on. So a missing barrier, which the hardware forgives most of the time, gives wrong results under some seed.
 // An asynchronous copy poisons its destination when it is issued and lands when its thread waits for it (under even seeds always, under odd ones
 // half of them at once). Threads that meet in different places, or wait for one that has ended, are an error that names the places.
 #include <signal.h>
@@ -23,7 +24,7 @@ namespace emulator {
 const char* const kNames[kKinds] = {"sync_block", "sync_warp", "shuffle_xor", "shuffle", "shuffle_up", "any_lane", "vote",
                                     "load_matrix", "load_matrix_transposed", "mma_s8s8", "mma_u8s8", "mma_half", "barrier_wait",
                                     "sync_threads", "arrive_threads", "any_thread", "keep_registers", "take_registers", "wgmma_s8", "wgmma_e4m3",
-                                    "wgmma_wait for the product"};
+                                    "wgmma_fence", "wgmma_commit", "wgmma_wait for a product"};
 
 __thread Block* block;
 
@@ -179,12 +180,11 @@ void on_fault(int number, siginfo_t* info, void*) {
   }
   char* at = static_cast<char*>(info->si_addr);
   Machine& m = *block->machine;
-  char *shared_end = block->shared + block->launch->shared, *pages = m.shared_pages;
-  size_t span = kPage + (kSharedLimit + kPage - 1) / kPage * kPage;
+  char *shared_end = block->shared + block->launch->shared, *pages = m.shared_pages, *after = pages + kGuard + kSharedPages;
   if (current && at >= m.stacks && at < m.stacks + kMaxThreads * kStack) escape("stack overflow");
-  if (at >= pages + span && at < pages + span + kPage)
+  if (at >= after && at < after + kGuard)
     escape("access %ld bytes past the end of shared memory (%ld bytes)", (long)(at - shared_end), (long)block->launch->shared);
-  if (at >= pages && at < pages + kPage) escape("access %ld bytes before shared memory", (long)(block->shared - at));
+  if (at >= pages && at < pages + kGuard) escape("access %ld bytes before shared memory", (long)(block->shared - at));
   escape("access to memory that does not exist (%p), or a misaligned one", (void*)at);
 }
 
@@ -203,26 +203,59 @@ uint32_t permuted(uint32_t lanes, uint32_t order) {
   return lanes;
 }
 
-int random_warp() {
-  uint32_t ready = block->ready_warps;
+int random_warp(uint32_t ready) {
   for (int skip = draw() % __builtin_popcount(ready); skip; skip--) ready &= ready - 1;
   return __builtin_ctz(ready);
 }
 
+// Which warp is slow: often the first, which is the one that does something else than the others where any does.
+int slow_warp() {
+  if (draw() % 4 == 0) return -1;
+  return draw() % 2 ? 0 : draw() % (block->launch->threads / 32);
+}
+
+// A thread of the slow warp that gives up its turn may stand still from here on, alone or with the whole warp.
+void stand_still(const Fiber& me) {
+  if (block->still || draw() % 2) return;
+  block->still = draw() % 2 ? ~0u : 1u << (me.api.thread & 31);
+  block->still_until = block->turn + (1 << draw() % kLongestStill);
+}
+
+// The lanes of a warp that may have the next turn.
+uint32_t moving_lanes(int warp) {
+  const uint32_t ready = block->machine->warps[warp].ready;
+  return warp == block->slow ? ready & ~block->still : ready;
+}
+
+// The warps that have such lanes.
+uint32_t moving_warps() {
+  if (!block->still) return block->ready_warps;
+  if (block->turn >= block->still_until) block->still = 0;
+  return moving_lanes(block->slow) ? block->ready_warps : block->ready_warps & ~(1u << block->slow);
+}
+
 void yield(Fiber& me, int warp, bool turn_over) {
   if (block->async) async_turn();
-  if (turn_over || !block->machine->warps[warp].ready) {
-    while (!block->ready_warps) {
+  block->turn++;
+  if (turn_over && warp == block->slow) stand_still(me);
+  uint32_t moving = moving_warps();
+  if (turn_over || !(moving >> warp & 1)) {
+    for (; !moving; moving = moving_warps()) {
+      // Where copies land as late as they may, they wait for those who stand still too.
+      if (block->async && !(block->late && block->ready_warps) && async_stuck()) continue;
+      if (block->ready_warps) {
+        block->still = 0;
+        continue;
+      }
       char barriers[900] = "";
-      if (block->async && async_stuck()) continue;
       if (block->async) async_describe(barriers, sizeof barriers);
       fail("no thread can go on%s", barriers);
     }
-    warp = random_warp();
+    warp = random_warp(moving);
     if (block->slice) block->machine->warps[warp].slice = 1 + draw() % block->slice;
   }
   Warp& w = block->machine->warps[warp];
-  int lane = __builtin_ctz(permuted(w.ready, w.order)) ^ w.order;
+  int lane = __builtin_ctz(permuted(moving_lanes(warp), w.order)) ^ w.order;
   w.ready &= ~(1u << lane);
   if (!w.ready) block->ready_warps &= ~(1u << warp);
   Fiber& to = block->machine->fibers[warp * 32 + lane];
@@ -240,106 +273,6 @@ void wait(Fiber& me, Kind kind, Site at) {
   me.kind = kind;
   me.site = at;
   me.state = kWaiting;
-}
-
-// ---- what the last lane computes ---------------------------------------------------------------------------------------------------------------
-
-float e4m3_to_float(uint8_t a) {
-  uint32_t magnitude = (uint32_t)(a & 0x7f) << 20;
-  float y = (a & 0x7f) == 0x7f ? as_float(0x7fc00000u) : as_float(magnitude) * 0x1p120f;
-  return as_float(as_bits(y) | (uint32_t)(a & 0x80) << 24);
-}
-
-// a (16 x K, rows) times b (8 x K, rows), decoded. In fp32 for all formats: the integer sums stay below 2 ** 24, where fp32 is exact.
-template <class Element, int kK, class DecodeA, class DecodeB>
-void multiply(const Warp& w, float (&sum)[16][8], DecodeA decode_a, DecodeB decode_b) {
-  constexpr int kEach = 4 / sizeof(Element);
-  Element a[16 * kK], b[kK * 8];
-  float x[16 * kK];
-  union {
-    float element[kK * 8];
-    Eight row[kK];
-  } y;
-  for (int lane = 0; lane < 32; lane++) {
-    const uint32_t* in = w.operands[lane];
-    int g = lane >> 2, k = kEach * (lane & 3);
-    memcpy(a + g * kK + k, in, 4);
-    memcpy(a + (g + 8) * kK + k, in + 1, 4);
-    memcpy(a + g * kK + k + kK / 2, in + 2, 4);
-    memcpy(a + (g + 8) * kK + k + kK / 2, in + 3, 4);
-    for (int i = 0; i < kEach; i++) {
-      b[(k + i) * 8 + g] = (Element)(in[4] >> 8 * sizeof(Element) * i);
-      b[(k + kK / 2 + i) * 8 + g] = (Element)(in[5] >> 8 * sizeof(Element) * i);
-    }
-  }
-  for (int i = 0; i < 16 * kK; i++) x[i] = decode_a(a[i]);
-  for (int i = 0; i < kK * 8; i++) y.element[i] = decode_b(b[i]);
-  for (int m = 0; m < 16; m += 4) {
-    Eight rows[4] = {};
-    for (int k = 0; k < kK; k++)
-      for (int i = 0; i < 4; i++) rows[i] += x[(m + i) * kK + k] * y.row[k];
-    memcpy(sum[m], rows, sizeof rows);
-  }
-}
-
-float from_signed(uint8_t a) { return (int8_t)a; }
-float from_unsigned(uint8_t a) { return a; }
-
-template <class Add>
-void accumulate(Warp& w, const float (&sum)[16][8], Add add) {
-  for (int lane = 0; lane < 32; lane++)
-    for (int i = 0; i < 4; i++) w.results[lane][i] = add(w.operands[lane][6 + i], sum[(lane >> 2) + 8 * (i >> 1)][2 * (lane & 3) + (i & 1)]);
-}
-
-uint32_t add_int(uint32_t c, float sum) { return c + (uint32_t)(int)sum; }
-uint32_t add_float(uint32_t c, float sum) { return as_bits(as_float(c) + sum); }
-
-void load_matrices(Warp& w, bool transposed) {
-  for (int m = 0; m < 4; m++) {
-    uint16_t rows[8][8];
-    for (int r = 0; r < 8; r++) memcpy(rows[r], block->shared + w.operands[8 * m + r][0], 16);
-    for (int lane = 0; lane < 32; lane++) {
-      int i = lane >> 2, j = 2 * (lane & 3);
-      w.results[lane][m] = transposed ? rows[j][i] | (uint32_t)rows[j + 1][i] << 16 : rows[i][j] | (uint32_t)rows[i][j + 1] << 16;
-    }
-  }
-}
-
-void complete(Warp& w, Kind kind) {
-  float sum[16][8];
-  switch (kind) {
-    case kShuffleXor:
-      for (int lane = 0; lane < 32; lane++) w.results[lane][0] = w.operands[lane ^ w.operands[lane][1]][0];
-      return;
-    case kShuffle:
-      for (int lane = 0; lane < 32; lane++) w.results[lane][0] = w.operands[w.operands[lane][1]][0];
-      return;
-    case kShuffleUp:
-      for (int lane = 0; lane < 32; lane++) {
-        int from = lane - (int)w.operands[lane][1];
-        w.results[lane][0] = w.operands[from < 0 ? lane : from][0];
-      }
-      return;
-    case kAnyLane:
-    case kVote: {
-      uint32_t votes = 0;
-      for (int lane = 0; lane < 32; lane++) votes |= w.operands[lane][0] << lane;
-      for (int lane = 0; lane < 32; lane++) w.results[lane][0] = votes;
-      return;
-    }
-    case kLoadMatrix:
-    case kLoadMatrixTransposed: return load_matrices(w, kind == kLoadMatrixTransposed);
-    case kMmaS8S8:
-      multiply<uint8_t, 32>(w, sum, [](uint8_t x) { return from_signed(x); }, [](uint8_t x) { return from_signed(x); });
-      return accumulate(w, sum, add_int);
-    case kMmaU8S8:
-      multiply<uint8_t, 32>(w, sum, [](uint8_t x) { return from_unsigned(x); }, [](uint8_t x) { return from_signed(x); });
-      return accumulate(w, sum, add_int);
-    case kMmaHalf:
-      multiply<uint16_t, 16>(w, sum, [](uint16_t x) { return half_to_float(x); }, [](uint16_t x) { return half_to_float(x); });
-      return accumulate(w, sum, add_float);
-    default: return;
-  }
 }
 
 void check_shared(uint32_t shared, Site at) {
@@ -419,17 +352,17 @@ void run_block(Launch& launch, Machine& machine, int64_t id) {
   b.machine = &machine;
   b.id = id;
   b.random = launch.seed * 0x2545f4914f6cdd1dull + id * 0x9e3779b97f4a7c15ull;
-  size_t size = launch.shared, pages = (kSharedLimit + kPage - 1) / kPage * kPage, slack = -size & 127;
+  size_t size = launch.shared, slack = -size & 127;
 #if SANITIZED
   void* memory = nullptr;
   if (posix_memalign(&memory, 128, size ? size : 1)) abort();
   b.shared = static_cast<char*>(memory);
   if (!size) __asan_poison_memory_region(memory, 1);
-  (void)pages, (void)slack;
+  (void)slack;
 #else
-  char* end = machine.shared_pages + kPage + pages;
+  char *first = machine.shared_pages + kGuard, *end = first + kSharedPages;
   b.shared = end - size - slack;
-  char* start = machine.shared_pages + kPage + (pages - size - slack) / kPage * kPage;
+  char* start = first + (kSharedPages - size - slack) / kPage * kPage;
   memset(start, kRedzone, b.shared - start);
   memset(b.shared + size, kRedzone, slack);
 #endif
@@ -438,6 +371,7 @@ void run_block(Launch& launch, Machine& machine, int64_t id) {
   current = nullptr;
   const int slices[] = {0, 0, 1, 4, 32};
   b.slice = slices[draw() % 5];
+  b.slow = slow_warp();
   b.late = launch.seed % 2 == 0;
   const size_t used = machine.left_midway ? kStack - kPage : 16 << 10;
   for (int warp = 0; warp < launch.threads / 32; warp++) {
@@ -450,7 +384,7 @@ void run_block(Launch& launch, Machine& machine, int64_t id) {
     for (int lane = 0; lane < 32; lane++) prepare(machine.fibers[warp * 32 + lane], warp * 32 + lane, w, used);
   }
   if (!sigsetjmp(b.escape, 1)) {
-    int warp = random_warp();
+    int warp = random_warp(b.ready_warps);
     Warp& w = machine.warps[warp];
     w.ready &= ~1u;
     enter(machine.fibers[warp * 32]);
@@ -506,10 +440,9 @@ Machine* take_machine() {
     m->fibers[i].stack = m->stacks + i * kStack;
     mprotect(m->fibers[i].stack, kPage, PROT_NONE);
   }
-  size_t pages = (kSharedLimit + kPage - 1) / kPage * kPage;
-  m->shared_pages = map(pages + 2 * kPage);
-  mprotect(m->shared_pages, kPage, PROT_NONE);
-  mprotect(m->shared_pages + kPage + pages, kPage, PROT_NONE);
+  m->shared_pages = map(kSharedPages + 2 * kGuard);
+  mprotect(m->shared_pages, kGuard, PROT_NONE);
+  mprotect(m->shared_pages + kGuard + kSharedPages, kGuard, PROT_NONE);
   m->signal_stack = map(64 << 10);
   return m;
 }

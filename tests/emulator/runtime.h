@@ -32,6 +32,8 @@ enum Kind : int {
   kTakeRegisters,
   kWgmmaS8,
   kWgmmaE4m3,
+  kWgmmaFence,
+  kWgmmaCommit,
   kWgmmaWait,
   kKinds
 };

@@ -1,4 +1,4 @@
-// What prim_sm90.cuh asks of the emulator (runtime_sm90.cpp).
+// What prim_sm90.cuh asks of the emulator (sm90_*.cpp).
 #pragma once
 
 #pragma GCC visibility push(default)
@@ -33,6 +33,8 @@ void wgmma_fence(const Named* named, int count);
 void wgmma_commit();
 void wgmma_wait(int pending, const Named* named, int count);
 void multiply(const Product& product, Site at);
+// Where a matrix of such rows may start.
+void check_start(uint32_t shared, int row_bytes, Site at);
 
 }  // namespace emulator
 #pragma GCC visibility pop

@@ -152,6 +152,8 @@ KERNEL(convert, 256, SampleParams) {
       case 13: out[i] = as_bits(fused(x, y, -x)); break;
       case 14: out[i] = as_bits(root(x)); break;
       case 15: out[i] = as_bits(to_float((int)a[i])); break;
+      case 16: out[i] = as_bits(inverse_root(x)); break;
+      case 17: out[i] = as_bits(x * y - x); break;
     }
   }
 }

@@ -27,13 +27,17 @@ DEVICE void store_product(void* to, const Element (&x)[kTiles][4]) {
     for (int e = 0; e < 4; e++) ((Element*)to)[place_in_product(thread_id(), j, e, 8 * kTiles)] = x[j][e];
 }
 
-// out (64, kN) = a (64, kRowBytes) b (kN, kRowBytes)^T, plus c where there is one. `which` 1: nobody tells the products what was written plainly.
+// out (64, kN) = a (64, kRowBytes) b (kN, kRowBytes)^T, plus c where there is one. What was written plainly is told to the products, by `which`:
+// 1 not; 2 by one thread for all; 3 too early; 4 before one more byte is written.
 template <int kN, int kRowBytes>
 DEVICE void whole_product_s8(const SampleParams& p) {
   char* memory = shared_memory();
+  if (p.which == 3) fence_async();
   copy_plainly(memory, p.a, 64 * kRowBytes, 128);
   copy_plainly(memory + 64 * kRowBytes, p.b, kN * kRowBytes, 128);
-  if (p.which != 1) fence_async();
+  if (p.which == 2) sync_block();
+  if (p.which == 0 || p.which == 4 || (p.which == 2 && thread_id() == 77)) fence_async();
+  if (p.which == 4 && thread_id() == 50) memory[64 * kRowBytes + 16 * 50 + 9] = 1;
   sync_block();
   int sum[kN / 8][4];
   if (p.c) load_product(sum, p.c);
@@ -85,7 +89,8 @@ KERNEL(product_e4m3, 128, SampleParams) {
 // Items drawn from a counter: out[item] (2, 64, 64) = the sum over n rounds of a[warpgroup] (64, 64) times b[item][round] (64, 64)^T, squared element
 // by element, so that a round must have been right by itself. A producer and three stages; a product is under way while the one before it is squared.
 // Faults by `which`: 1 tiles are used before they have landed; 2 they are replaced before they were used; 3 a stage is given back early; 4 only
-// half of the bytes is announced; 5 another item's number is read; 6 the round before is squared too early; 7 barriers are used before they exist.
+// half of the bytes is announced; 5 another item's number is read; 6 the round before is squared too early; 7 barriers are used before they exist;
+// 8 a warp gives a stage back for its whole warpgroup.
 KERNEL(squares, 384, SampleParams) {
   constexpr int kStages = 3, kBytes = 64 * 64;
   char* memory = shared_memory();
@@ -148,7 +153,11 @@ KERNEL(squares, 384, SampleParams) {
         for (int e = 0; e < 4; e++) sum[j][e] += (uint32_t)x[j][e] * (uint32_t)x[j][e];
     };
     auto give_back = [&](int stage) {
-      if (lane_id() == 0) barrier_arrive(name(control->empty[stage]));
+      if (p.which == 8) {
+        for (int i = 0; i < 4 && t % 128 == 0; i++) barrier_arrive(name(control->empty[stage]));
+      } else if (lane_id() == 0) {
+        barrier_arrive(name(control->empty[stage]));
+      }
     };
     int last = 0;
     for (int i = 0; i < p.n; i++) {
@@ -177,6 +186,86 @@ KERNEL(squares, 384, SampleParams) {
     uint32_t* out = (uint32_t*)p.out + ((p.which == 5 ? control->item % items : item) * 2 + group) * 4096;
     for (int j = 0; j < 8; j++)
       for (int e = 0; e < 4; e++) out[place_in_product(t % 128, j, e, 64)] = sum[j][e];
+  }
+}
+
+// out[t] = the sum over n rounds of a[round][t], 128 words that thread 128 has copied to one place, round after round. What a thread does with its
+// word, by `which`: 0 reads and fences; 1 reads; 2 fences and reads; 3 reads, and the first lane fences; 4 reads, fences and clears; 5 reads, clears
+// and fences.
+KERNEL(rounds, 160, SampleParams) {
+  uint32_t* memory = (uint32_t*)shared_memory();
+  const uint32_t start = shared_address(memory), full = start + 512, empty = start + 520;
+  const int t = thread_id(), w = p.which;
+  if (t == 0) {
+    barrier_init(full, 1);
+    barrier_init(empty, 128);
+    barrier_publish();
+  }
+  sync_block();
+  uint32_t sum = 0;
+  for (int i = 0; i < p.n; i++) {
+    if (t == 128) {
+      barrier_wait(empty, ~i & 1);
+      barrier_arrive_expect(full, 512);
+      bulk_copy(start, (const uint32_t*)p.a + 128 * i, 512, full);
+    } else if (t < 128) {
+      barrier_wait(full, i & 1);
+      if (w == 2) fence_async();
+      sum += memory[t];
+      if (w == 5) memory[t] = 0;
+      if (w == 0 || w == 4 || w == 5 || (w == 3 && t % 32 == 0)) fence_async();
+      if (w == 4) memory[t] = 0;
+      barrier_arrive(empty);
+    }
+  }
+  if (t < 128) ((uint32_t*)p.out)[t] = sum;
+}
+
+// Four warps each do n products and write their number into the next place of out every time that one is done.
+KERNEL(apart, 128, SampleParams) {
+  char* memory = shared_memory();
+  copy_plainly(memory, p.a, 8192, 128);
+  fence_async();
+  sync_block();
+  const uint32_t start = shared_address(memory);
+  int sum[8][4];
+  for (int i = 0; i < p.n; i++) {
+    wgmma_fence(sum);
+    wgmma_s8<64>(sum, matrix_descriptor<64>(start), matrix_descriptor<64>(start + 4096), false);
+    wgmma_commit();
+    wgmma_wait<0>(sum);
+    if (lane_id() == 0) ((int*)p.out)[atomic_add((int*)p.c, 1)] = warp_id();
+  }
+}
+
+// Warpgroup 0 gives registers away, the others take them. `which` 1: too many; 2: only once the others have theirs; 3: after the others asked.
+KERNEL(registers, 384, SampleParams) {
+  const int group = thread_id() / 128;
+  if (group == 0) {
+    if (p.which == 2) sync_threads(1, 384);
+    if (p.which == 3) sync_threads(2, 384);
+    keep_registers<24>();
+  } else {
+    if (p.which == 3) arrive_threads(2, 384);
+    if (p.which == 1)
+      take_registers<248>();
+    else
+      take_registers<240>();
+    if (p.which == 2) arrive_threads(1, 384);
+  }
+  ((int*)p.out)[thread_id()] = group;
+}
+
+// Descriptors of n starts of each kind and of what lies inside. A test has the functions of the device stand in.
+#define DESCRIPTOR matrix_descriptor
+#define INSIDE at_byte
+KERNEL(descriptors, 128, SampleParams) {
+  uint64_t(*out)[4] = (uint64_t(*)[4])p.out;
+  for (int i = thread_id(); i < p.n; i += 128) {
+    out[i][0] = DESCRIPTOR<64>(512 * i + i % 2 * 32);
+    out[i][1] = DESCRIPTOR<128>(1024 * i + i % 4 * 32);
+    out[i][2] = INSIDE(DESCRIPTOR<64>(0), 512 * i + i % 2 * 32);
+    out[i][3] = INSIDE(DESCRIPTOR<128>(1024), 1024 * i + i % 4 * 32);
   }
 }
 
@@ -319,6 +408,10 @@ KERNEL(misuse_products, 256, SampleParams) {
   }
   if (w == 3) wgmma_s8<64>(sum, a, t % 128 < 32 ? b : a, false);
   if (w == 4) wgmma_s8<64>(sum, a, b, t % 128 == 77);
+  if (w >= 2 && w <= 4) {
+    wgmma_commit();
+    wgmma_wait<0>(sum);
+  }
   if (w == 5) {
     wgmma_s8<64>(sum, a, b, false);
     wgmma_commit();
@@ -350,6 +443,8 @@ KERNEL(misuse_products, 256, SampleParams) {
     wgmma_s8<64>(sum, a, b, false);
     if (t % 128 < 32) wgmma_commit();
     wgmma_s8<64>(sum, a, b, true);
+    wgmma_commit();
+    wgmma_wait<0>(sum);
   }
   if (w == 15) {
     if (t != 130) wgmma_s8<64>(sum, a, b, false);
@@ -363,6 +458,38 @@ KERNEL(misuse_products, 256, SampleParams) {
     wgmma_commit();
     if (w == 19) wgmma_wait<1>();
     if (w == 20) wgmma_wait<1>(sum, other[t % 8]);
+  }
+  if (w >= 21 && w <= 26) {
+    const uint64_t wrong[] = {b + (1ul << 16), b | 1ul << 46, b | 1ul << 14, b | 2ul << 49, b + (1ul << 32), b + 1};
+    wgmma_s8<64>(sum, a, wrong[w - 21], false);
+  }
+  if (w == 27) {
+    wgmma_s8<64>(sum, a, b, false);
+    wgmma_commit();
+    if (t == 9) ((volatile char*)memory)[4100] = 1;
+    wgmma_wait<0>(sum);
+  }
+  if (w == 31) {
+    if (t == 9) ((volatile char*)memory)[4100] = 1;
+    wgmma_s8<64>(sum, a, b, false);
+    wgmma_commit();
+    fence_async();
+    wgmma_wait<0>(sum);
+  }
+  if (w == 28) {
+    wgmma_s8<64>(sum, a, b, false);
+    wgmma_commit();
+    if (t % 128 < 32)
+      wgmma_wait<0>(sum);
+    else
+      wgmma_wait<1>();
+  }
+  if (w == 29 && t % 128 >= 32) wgmma_fence(sum);
+  if (w == 30) {
+    if (t == 40) return;
+    wgmma_s8<64>(sum, a, b, false);
+    wgmma_commit();
+    wgmma_wait<0>(sum);
   }
   ((volatile int*)p.out)[t] = sum[0][0] + (int)other[0][0];
 }

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from samples import Source, launch
+from sparge_kernels import config
 
 SEEDS = range(8)
 
@@ -149,6 +150,7 @@ SHARED = 1000
         pytest.param(4, 992, "lies past the end of shared memory", id="matrix-past-the-end"),
         pytest.param(5, SHARED, "wrote outside shared memory .1000 bytes., at offset 1000", id="write-past-the-end"),
         pytest.param(6, SHARED, "access [0-9]+ bytes past the end of shared memory", id="write-far-past-the-end"),
+        pytest.param(6, SHARED + 200_000, "access 20[0-9]+ bytes past the end of shared memory", id="write-very-far-past-the-end"),
         pytest.param(7, 0, "wrote outside shared memory .1000 bytes., at offset -1", id="write-before-the-start"),
         pytest.param(8, 0, "shuffle with lane, mask or delta 32", id="shuffle-from-lane-32"),
         pytest.param(9, 0, r"to_float is exact below 2 \*\* 22 only, got 4194304", id="inexact-float"),
@@ -315,6 +317,67 @@ def test_arithmetic():
     assert f(convert(15, n)).tolist() == n.tolist()
 
 
+# ---- what differs from device to device
+
+
+def test_to_float_of_every_arch():
+    n = np.concatenate([np.arange(-(1 << 22), 1 << 22, 1017, dtype=np.int32), np.array([-1, 0, 1, (1 << 22) - 1], np.int32)])
+    for arch in config.CHECKED:
+        with emulator.configured(emulator.Configuration(arch=arch)):
+            assert (convert(15, n).view(np.float32) == n).all()
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86"])
+def test_what_an_arch_does_not_have(arch):
+    with emulator.configured(emulator.Configuration(arch=arch)):
+        with pytest.raises(RuntimeError, match=rf"pack_e4m3 needs sm_89, got {arch[3:]} at samples\.cuh:\d+"):
+            convert(5, np.zeros(4, np.float32))
+
+
+def test_builds_that_come_out_the_same_are_one():
+    source = Source("samples", str(emulator.HERE / "samples.cuh"))
+    built = {arch: emulator.library(source, arch=arch).path for arch in config.CHECKED}
+    assert built["sm_89"] == built["sm_90"] == built["sm_100"] == built["sm_120"]
+    assert len(set(built.values())) == 3, "to_float of sm_80, and what sm_86 does not have"
+
+
+def test_contraction():
+    """a * b + c is rounded twice or, contracted, once. A processor without such an instruction has no contraction to try."""
+    if os.uname().machine == "x86_64" and "-march=x86-64-v3" not in emulator._machine_flags():
+        pytest.skip("this processor has no fused product")
+    x = np.float32(1 + 2**-12)
+    exact, product = float(x) * float(x) - float(x), np.float32(float(x) * float(x))
+    for contract, expected in ((False, product - x), (True, np.float32(exact))):
+        with emulator.configured(emulator.Configuration(contract=contract)):
+            assert convert(17, np.array([x]), np.array([x])).view(np.float32)[0] == expected
+    assert np.float32(exact) != product - x
+
+
+APPROXIMATIONS = {8: np.exp2, 9: np.log2, 16: lambda x: 1 / np.sqrt(x)}
+
+
+@pytest.mark.parametrize("which", APPROXIMATIONS, ids=["exp2", "log2", "inverse_root"])
+def test_approximations(which):
+    """With a salt they are off by up to twice what a device's may be, in both directions, always by the same; what is exact stays so."""
+    special = np.array([0, -0.0, np.inf, -np.inf, np.nan] + ([1] if which == 9 else []), np.float32)
+    x = np.concatenate([np.random.default_rng(5).uniform(0.01, 20, 20_000), np.geomspace(1e-30, 1e30, 5000) if which != 8 else []]).astype(np.float32)
+    with np.errstate(all="ignore"):
+        y = APPROXIMATIONS[which](x.astype(np.float64))
+    last_place = np.spacing(np.abs(y).astype(np.float32)).astype(np.float64)
+    bound = 5.5 * last_place  # what is off by 4 is itself rounded, or rounded twice
+    if which == 9:
+        bound = np.where((x > 0.5) & (x < 2), 2.0**-21 + last_place, bound)
+    found, specials = [], []
+    for salt in (0, 1, 1, 2):
+        with emulator.configured(emulator.Configuration(salt=salt)):
+            found.append(convert(which, x).view(np.float32))
+            specials.append(convert(which, special).view(np.float32))
+        off = (found[-1] - y) / bound
+        assert np.abs(off).max() <= (1 if salt else 0.5) and (not salt or (off.min() < -0.7 and off.max() > 0.7))
+        assert np.array_equal(specials[-1], specials[0], equal_nan=True)
+    assert (found[1] == found[2]).all() and (found[1] != found[0]).mean() > 0.8 and (found[1] != found[3]).mean() > 0.8
+
+
 @pytest.mark.parametrize("form", ["s8s8", "u8s8", "half"])
 @pytest.mark.parametrize("seed", range(3))
 def test_matrix_products(form, seed):
@@ -364,7 +427,7 @@ def test_same_functions_as_the_device():
             r"(template <[^>]*>\s*)?^DEVICE ([\w*]+ \w+)\(((?:[^()]|\([^()]*\))*)\)\s*\{", text, re.MULTILINE
         ):
             functions.add((" ".join(template.split()), head, " ".join(arguments.split())))
-        macros = set(re.findall(r"#define (\w+)", text)) - {"SITE", "__CUDA_ARCH__"}
+        macros = set(re.findall(r"#define (\w+)", text)) - {"SITE"}
         return functions, macros, set(re.findall(r"struct alignas\(\d+\) \w+ \{[^}]*\};", text))
 
     device, host = interface(emulator.SOURCES / "prim.cuh"), interface(emulator.HERE / "prim.cuh")
@@ -406,6 +469,19 @@ def test_fibers_of_other_processors():
     env = {**os.environ, "PYTHONPATH": str(emulator.HERE)}
     done = subprocess.run([sys.executable, "-c", OTHER_PROCESSOR], cwd=emulator.ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "15 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_what_another_process_removes_from_the_cache_stops_no_build(monkeypatch, tmp_path):
+    """What is listed and then gone is like a link to nowhere; what nobody has used for long is removed."""
+    monkeypatch.setattr(emulator, "CACHE", tmp_path)
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "old").write_text("")
+    os.utime(tmp_path / "old", (0, 0))
+    for folder in (False, True):
+        built = emulator.build("sample", ("-c",), {"unit.cpp": f"int sample = {int(folder)};"}, ("unit.cpp",), ".o")
+        assert built.is_file() and not (tmp_path / "old").exists()
+        (tmp_path / "old").mkdir()
+        os.utime(tmp_path / "old", (0, 0))
 
 
 def test_a_missing_compiler(monkeypatch):

@@ -9,10 +9,13 @@ import pytest
 import torch
 from samples import SampleParams, Source
 
+LINE = r"samples_sm90\.cuh:\d+"
+watched = pytest.mark.skipif(emulator.sanitised(), reason="g++ watches accesses for one sanitiser at a time")
+
 
 def launch(symbol: str, *, a=None, b=None, c=None, out=None, n: int = 0, which: int = 0, grid: int = 1, shared: int = 16384, threads: int = 256,
-           seed: int = 0) -> None:  # fmt: skip
-    lib = emulator.library(Source("samples_sm90", str(emulator.HERE / "samples_sm90.cuh")))
+           seed: int = 0, replace: tuple = ()) -> None:  # fmt: skip
+    lib = emulator.library(Source("samples_sm90", str(emulator.HERE / "samples_sm90.cuh")), replace=replace)
     pointers = (t.data_ptr() if t is not None else None for t in (a, b, c, out))
     lib.launch(symbol, grid, SampleParams(*pointers, n, which), shared=shared, threads=threads, seed=seed, limit=60)
 
@@ -64,12 +67,43 @@ def test_products_of_e4m3(n):
         assert ((out.double() - exact).abs() <= bound).all()
 
 
-def test_plain_writes_are_not_seen_without_a_fence():
-    a, b, out = random_bytes(1, 64, 64), random_bytes(2, 64, 64), torch.zeros(64, 64, dtype=torch.int32)
-    expected = (a.view(torch.int8).double() @ b.view(torch.int8).double().T).int()
-    for which in (0, 1):
-        launch("product_s8", a=swizzled(a), b=swizzled(b), out=out, n=64064, which=which, threads=128)
-        assert torch.equal(out, expected) == (which == 0)
+@watched
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("which", [1, 2, 3, 4], ids=["no-fence", "fence-of-another-thread", "fence-before", "one-byte-after"])
+def test_products_do_not_see_what_its_writer_has_not_fenced(which, seed):
+    a, b = random_bytes(1, 64, 64), random_bytes(2, 64, 64)
+    writer = "50" if which == 4 else r"\d+"
+    message = rf"the product of {LINE} meets byte \d+ of shared memory, which thread {writer} wrote without a fence_async since"
+    with pytest.raises(RuntimeError, match=message):
+        launch("product_s8", a=a, b=b, out=torch.zeros(64, 64, dtype=torch.int32), n=64064, which=which, threads=128, seed=seed)
+
+
+def test_warps_of_a_warpgroup_go_on_by_themselves():
+    """Some warp has done two products before another one has done any; all do their own in the end."""
+    rounds, ahead = 6, False
+    for seed in range(8):
+        done, count = torch.full((4 * rounds,), -1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        launch("apart", a=random_bytes(1, 8192), c=count, out=done, n=rounds, threads=128, seed=seed)
+        order = done.tolist()
+        assert sorted(order) == sorted([*range(4)] * rounds)
+        ahead = ahead or any(order[: order.index(late)].count(early) > 1 for late in range(4) for early in range(4))
+    assert ahead
+
+
+def test_registers_go_from_one_warpgroup_to_the_others():
+    for seed in range(4):
+        for which in (0, 3):
+            out = torch.full((384,), -1, dtype=torch.int32)
+            launch("registers", out=out, which=which, threads=384, seed=seed)
+            assert torch.equal(out, torch.arange(384, dtype=torch.int32) // 128)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("which, free", [(1, r"\d+"), (2, "0")], ids=["too-many", "given-away-later"])
+def test_registers_that_nobody_gives_away_are_waited_for(which, free, seed):
+    message = rf"(?s)no thread can go on.*take_registers: \d+ threads wait, and {free} registers are free.* wait in take_registers at {LINE}"
+    with pytest.raises(RuntimeError, match=message):
+        launch("registers", out=torch.zeros(384, dtype=torch.int32), which=which, threads=384, seed=seed)
 
 
 # ---- barriers and bulk copies
@@ -100,6 +134,7 @@ def test_a_pipeline_of_producer_and_consumers():
         pytest.param(5, id="item-read-twice"),
         pytest.param(6, id="waits-for-too-little"),
         pytest.param(7, id="no-barrier-after-the-init"),
+        pytest.param(8, id="given-back-by-one-warp-for-all"),
     ],
 )
 def test_a_pipeline_with_a_fault(which):
@@ -131,9 +166,35 @@ def test_turns(which):
     assert all(map(right, range(8))) if which == 0 else not all(map(right, range(8)))
 
 
-# ---- errors
+@watched
+@pytest.mark.parametrize(
+    "which, what",
+    [
+        pytest.param(0, None, id="right"),
+        pytest.param(1, "read", id="no-fence"),
+        pytest.param(2, "read", id="fence-before-the-read"),
+        pytest.param(3, "read", id="fence-of-another-lane"),
+        pytest.param(4, "wrote", id="written-after-the-fence"),
+        pytest.param(5, None, id="written-before-the-fence"),
+    ],
+)
+def test_bulk_copies_over_what_was_accessed_plainly(which, what):
+    rounds = 5
+    x = torch.randint(0, 1 << 20, (rounds, 128), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
+    for seed in range(8):
+        out = emulator.guarded((128,), torch.int32)
+        if what:
+            verb = "meets" if what == "wrote" else "writes over"
+            message = rf"the bulk copy of {LINE} {verb} byte \d+ of shared memory, which thread \d+ {what} without a fence_async since"
+            with pytest.raises(RuntimeError, match=message):
+                launch("rounds", a=x, out=out, n=rounds, which=which, threads=160, shared=1024, seed=seed)
+        else:
+            launch("rounds", a=x, out=out, n=rounds, which=which, threads=160, shared=1024, seed=seed)
+            emulator.check_guards(out)
+            assert torch.equal(out, x.sum(0).int())
 
-LINE = r"samples_sm90\.cuh:\d+"
+
+# ---- errors
 
 
 @pytest.mark.parametrize(
@@ -185,14 +246,14 @@ def test_misuse_of_barriers(which, n, message, seed):
         pytest.param(10, f"36 registers at {LINE}", id="36-registers"),
         pytest.param(11, f"keeps registers at {LINE}: the threads have 248, not 256 or more", id="keeps-more"),
         pytest.param(12, f"takes registers at {LINE}: the threads have 248, not 24 or less", id="takes-less"),
-        pytest.param(13, "the warpgroups have taken 65536 registers of the block's 63488", id="more-than-there-are"),
-        pytest.param(14, r"no thread can go on.*thread.* wait in keep_registers", id="one-thread-stays-away"),
+        pytest.param(13, "take_registers: 256 threads wait, and 0 registers are free", id="more-than-there-are"),
+        pytest.param(14, "ended while lanes of its warp wait for it|in keep_registers, which lanes .* that have ended", id="one-thread-stays-away"),
         pytest.param(15, "threads of one warpgroup in different places", id="two-places"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("seed", [0, 1])
 def test_misuse_of_hardware_barriers_and_registers(which, message, seed):
-    with pytest.raises(RuntimeError, match=f"(?s)^misuse_hardware, block 0.*{message}"):
+    with pytest.raises(RuntimeError, match=f"(?s)^misuse_hardware, block 0.*({message})"):
         launch("misuse_hardware", which=which, seed=seed)
 
 
@@ -202,8 +263,8 @@ def test_misuse_of_hardware_barriers_and_registers(which, message, seed):
         pytest.param(0, f"no wgmma_fence between the last wgmma_wait and the product at {LINE}", id="no-fence"),
         pytest.param(1, f"no wgmma_fence between the last wgmma_wait and the product at {LINE}", id="no-second-fence"),
         pytest.param(2, "threads of one warpgroup in different places", id="two-places"),
-        pytest.param(3, f"threads of one warpgroup ask for different products at {LINE}", id="two-descriptors"),
-        pytest.param(4, f"threads of one warpgroup ask for different products at {LINE}", id="only-some-accumulate"),
+        pytest.param(3, f"threads of one warpgroup ask for different products in wgmma_s8 at {LINE}", id="two-descriptors"),
+        pytest.param(4, f"threads of one warpgroup ask for different products in wgmma_s8 at {LINE}", id="only-some-accumulate"),
         pytest.param(5, f"the accumulator of the product of {LINE} was touched while it was under way", id="accumulator-touched"),
         pytest.param(6, f"the left operand of the product of {LINE} was changed while it was under way", id="operand-touched"),
         pytest.param(7, f"the product at {LINE} writes where one of another kind or width that is under way writes", id="overlapping-accumulators"),
@@ -218,16 +279,42 @@ def test_misuse_of_hardware_barriers_and_registers(which, message, seed):
         pytest.param(20, f"wgmma_wait names the sums of the product of {LINE}, which it does not let go of", id="sums-named-under-way"),
         pytest.param(12, f"ended without waiting for the product of {LINE}", id="never-waited"),
         pytest.param(13, f"ended without waiting for the product of {LINE}", id="never-committed"),
-        pytest.param(14, f"threads of one warpgroup have committed or waited for different products before {LINE}", id="one-warp-commits"),
-        pytest.param(15, f"no thread can go on.*wait in wgmma_s8 at {LINE}", id="one-thread-stays-away"),
+        pytest.param(14, f"threads of one warpgroup in different places: (wgmma_commit|wgmma_s8 at {LINE}) here", id="one-warp-commits"),
+        pytest.param(15, f"threads of one warpgroup in different places: (wgmma_commit|wgmma_s8 at {LINE}) here", id="one-thread-does-without"),
+        pytest.param(21, f"the product at {LINE} has a leading dimension of 2, which must be 1", id="leading-dimension"),
+        pytest.param(22, f"the product at {LINE} has a descriptor with reserved bits that are not 0", id="version-of-another-arch"),
+        pytest.param(23, f"the product at {LINE} has a descriptor with reserved bits that are not 0", id="address-too-large"),
+        pytest.param(24, f"the product at {LINE} has a base offset of 2, although", id="base-offset"),
+        pytest.param(25, f"the product at {LINE} has a stride of 528 bytes between groups of 8 rows", id="stride"),
+        pytest.param(26, "a matrix starts at 8 rows, or 32, 64 or 96 bytes into the first row, got 4112", id="odd-start-by-hand"),
+        pytest.param(27, f"the product of {LINE} meets byte 4100 of shared memory, which thread 9 wrote", id="operand-written", marks=watched),
+        pytest.param(31, f"the product of {LINE} meets byte 4100 of shared memory, which thread 9 wrote", id="fenced-too-late", marks=watched),
+        pytest.param(28, "threads of one warpgroup give [01] and [01] to wgmma_wait", id="two-waits"),
+        pytest.param(29, "32 threads of a warpgroup have not come to wgmma_fence", id="one-warp-without-a-fence"),
+        pytest.param(30, "ended while lanes of its warp wait for it|in wgmma_s8, which lanes .* that have ended", id="one-thread-stays-away"),
     ],
 )
 def test_misuse_of_products(which, message):
-    with pytest.raises(RuntimeError, match=f"(?s)^misuse_products, block 0.*{message}"):
+    with pytest.raises(RuntimeError, match=f"(?s)^misuse_products, block 0.*({message})"):
         launch("misuse_products", a=random_bytes(3, 8192), out=torch.zeros(256, dtype=torch.int32), which=which)
 
 
 # ---- the build
+
+
+def test_descriptors_are_those_of_the_device():
+    """The device's own two functions, which are plain C++, give the words that products are held to here."""
+    text = (emulator.SOURCES / "prim_sm90.cuh").read_text()
+    functions = re.search(r"template <int kRowBytes>\nDEVICE uint64_t matrix_descriptor.*?\nDEVICE uint64_t at_byte[^\n]*\n", text, re.DOTALL)
+    there = [("struct SampleParams {", f"namespace device {{\n{functions[0]}}}\nstruct SampleParams {{")]
+    there += [(f"#define {name} {function}\n", f"#define {name} device::{function}\n")
+              for name, function in (("DESCRIPTOR", "matrix_descriptor"), ("INSIDE", "at_byte"))]  # fmt: skip
+    n = 220  # up to 220 KB
+    words = [emulator.guarded((n, 4), torch.int64) for _ in range(2)]
+    for out, replace in zip(words, ((), tuple(there)), strict=True):
+        launch("descriptors", out=out, n=n, threads=128, replace=replace)
+        emulator.check_guards(out)
+    assert torch.equal(*words) and len(words[0].unique()) == 3 * n
 
 
 def test_same_functions_as_the_device():

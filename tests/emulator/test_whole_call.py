@@ -37,13 +37,16 @@ FLAT_BOUND = {"int8": 0.03, "fp8": 0.05, "fp16": 0.03}
 """Relative L2 error against exact attention under the same map, on independent normal q, k and v, where nothing averages errors out."""
 FORMS = {"int8": ("sm_89", "int8"), "fp16": ("sm_89", "fp16"), "sm90": ("sm_90", "fp8")}
 """The GPU that a test pretends, and how P and V are held there. On sm_90 that is Hopper's own attention kernel."""
+ARCHS = {f"{arch} {pv}": (arch, pv) for arch in config.SHIPPED for pv in config.forms(arch) if (arch, pv) not in FORMS.values()}
+"""The others for which binaries are packaged."""
+DEVICES = {**FORMS, **ARCHS}
 
 
 class EmulatedMachine:
     """A GPU of two multiprocessors that runs on the CPU: `backend.Machine` for CPU tensors."""
 
     def __init__(self, form: str, seed: int):
-        self.arch, self.pv = FORMS[form]
+        self.arch, self.pv = DEVICES[form]
         self.processors, self.seed = 2, seed
         self.launched = []
 
@@ -55,7 +58,7 @@ class EmulatedMachine:
 
     def launch(self, kernel, grid, threads, shared, params, stream):
         self.launched.append(kernel.name)
-        emulator.library(kernel.variant).launch(kernel.name, grid, params, shared=shared, threads=threads, seed=self.seed)
+        emulator.library(kernel.variant, arch=self.arch).launch(kernel.name, grid, params, shared=shared, threads=threads, seed=self.seed)
 
     def here(self):
         return contextlib.nullcontext()
@@ -121,7 +124,7 @@ def expected(q, k, v, blocks, *, form, compensate=False, perm=None, key_mask=Non
         inverse = torch.argsort(perm)
         q, k, v = (x[:, :, perm] for x in (q, k, v))
         key_mask = None if key_mask is None else key_mask[:, perm]
-    dim, (arch, pv) = config.padded_dim(q.shape[3]), FORMS[form]
+    dim, (arch, pv) = config.padded_dim(q.shape[3]), DEVICES[form]
     rows, tile_blocks = (64, config.hopper_config(dim).tile_blocks) if config.on_hopper_kernel(arch, pv) else (16, config.TILE_BLOCKS[dim])
     common = dict(key_mask=key_mask, causal=causal, scale=scale, causal_offset=how.get("causal_offset", 0))
     exact = reference.attention(q, k, v, blocks, **common)
@@ -168,8 +171,22 @@ def _with_skipped(q, k, v, out, lse, blocks, key_mask, causal, scale, centre):
     return torch.stack(outs).double(), torch.stack(lses).double()
 
 
+def falling(dim, s_q=200, s_k=400, dtype=torch.float32):
+    """q, k, v whose late keys lie far below the early ones, so that tiles drop out."""
+    q, k, v = qkv(1, 2, 1, s_q, s_k, dim)
+    q = 2 * normal(9, 1, 2, 1, dim) + 0.3 * q
+    k[:, :, :64] += 1.5 * q.mean((1, 2), keepdim=True)
+    return tuple(x.to(dtype) for x in (q, k, v))
+
+
 def check(out, lse, info, q, k, v, *, form="int8", flat=True, **how):
-    """The bounds of this file's first paragraph, the log-sum-exp, and the skipped tiles."""
+    """The bounds of this file's first paragraph, the log-sum-exp, and the skipped tiles; with one kv head `pvthreshd` may be a tensor, one a head."""
+    if isinstance(how.get("pvthreshd"), torch.Tensor):
+        for h, threshold in enumerate(how.pop("pvthreshd").tolist()):
+            one = SimpleNamespace(kept=info.kept[:, h : h + 1], pv_skipped=info.pv_skipped[:, h : h + 1])
+            mine = (x[:, h : h + 1] for x in (out, lse))
+            check(*mine, one, q[:, h : h + 1], k, v, form=form, flat=flat, pvthreshd=threshold, **how)
+        return None
     blocks = info.kept
     exact, rounded = expected(q, k, v, blocks, form=form, **how)
     assert out.shape == q.shape and out.dtype == q.dtype and bool(out.isfinite().all())
@@ -182,7 +199,7 @@ def check(out, lse, info, q, k, v, *, form="int8", flat=True, **how):
     told = f"max {error.max():.3g} at {worst} of {2 * allowed.max() + slack:.3g}; relative L2 {l2:.3g} of {l2_allowed:.3g}"
     assert error.max() <= 2 * allowed.max() + slack and l2 <= l2_allowed, told
     if flat:
-        assert l2 <= FLAT_BOUND[FORMS[form][1]], told
+        assert l2 <= FLAT_BOUND[DEVICES[form][1]], told
     blind = exact[1] == -math.inf
     assert bool((out[blind] == 0).all())
     if lse is not None:
@@ -217,6 +234,16 @@ def test_shapes(machine, b, h, h_kv, s_q, s_k, d, form, topk):
     check(out, lse, info, q, k, v, form=form)
     if topk == 1:
         assert bool((info.density == 1).all())
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal, D 64", "masked, compensated, D 128"])
+@pytest.mark.parametrize("form", ARCHS)
+def test_every_shipped_arch(machine, form, masked):
+    machine(form)
+    q, k, v = qkv(2, 2, 1, 200, 333, 128 if masked else 64)
+    how = dict(key_mask=KEY_MASKS["whole blocks"], compensate=True) if masked else dict(causal=True)
+    out, lse, info = sparse_attention(q, k, v, topk=0.4, **how, backend="cuda", return_lse=True, return_info=True)
+    check(out, lse, info, q, k, v, form=form, flat=not masked, **how)
 
 
 def test_a_thousand_tokens(machine):
@@ -396,15 +423,10 @@ def test_rules(machine, name, form):
     out, lse, info = sparse_attention(q, k, v, **rule, backend="cuda", return_lse=True, return_info=True)
     # Only where lists may differ in length they are put into order.
     assert ("sparge_sequence" in used.launched) == (form == "sm90" and not rule.keys().isdisjoint({"cdfthreshd", "simthreshd1"}))
-    pv = rule.pop("pvthreshd", None)
+    how = {key: rule[key] for key in ("scale", "smooth_k", "pvthreshd") if key in rule}
+    rule.pop("pvthreshd", None)
     assert torch.equal(info.kept, select_blocks(q, k, **rule, backend="torch").to_dense()) and info.density.min() < 0.95
-    how = {key: rule[key] for key in ("scale", "smooth_k") if key in rule}
-    if pv is None:
-        check(out, lse, info, q, k, v, form=form, flat=False, **how)
-        return
-    for h in range(2):
-        one = SimpleNamespace(kept=info.kept[:, h : h + 1], pv_skipped=info.pv_skipped[:, h : h + 1])
-        check(out[:, h : h + 1], lse[:, h : h + 1], one, q[:, h : h + 1], k, v, form=form, flat=False, pvthreshd=float(pv[h]), **how)
+    check(out, lse, info, q, k, v, form=form, flat=False, **how)
 
 
 def test_smooth_k_reaches_the_judge(machine):
@@ -432,9 +454,7 @@ def test_select_blocks(machine):
 def test_tiles_really_are_skipped(machine, form, d):
     """Late keys far below early ones: tiles drop out, as many as in the reference, and the error stays within the bound of it."""
     machine(form)
-    q, k, v = qkv(1, 2, 1, 200, 400, d)
-    q = 2 * normal(9, 1, 2, 1, d) + 0.3 * q
-    k[:, :, :64] += 1.5 * q.mean((1, 2), keepdim=True)
+    q, k, v = falling(d)
     out, lse, info = sparse_attention(q, k, v, topk=1, pvthreshd=4.0, backend="cuda", return_lse=True, return_info=True)
     assert 0.1 < float(info.pv_skipped.min()) and float(info.pv_skipped.max()) < 0.95
     check(out, lse, info, q, k, v, form=form, flat=False, pvthreshd=4.0)
