@@ -215,6 +215,36 @@ _HOPPER = {
 }
 
 
+@dataclass(frozen=True)
+class HopperRing:
+    """What the warps of attention_sm90.cuh agree on however it is built; tests/ring proves it, and holds the kernel to it.
+
+    Attributes
+    ----------
+    slots : int
+        Items whose Q is there or on its way.
+    fills : int
+        Arrivals that a stage or a slot is full after, beside the bytes that they announce: the producer's first lane.
+    frees : int
+        Arrivals that a stage or a slot is empty after: one of each warp that computes.
+    turn, vote : int
+        Hardware barriers of the first warpgroup that computes; the second one's are the next.
+    turn_threads, vote_threads : int
+        Threads that meet there: those of both warpgroups, those of one.
+    """
+
+    slots: int = 2
+    fills: int = 1
+    frees: int = 8
+    turn: int = 1
+    vote: int = 3
+    turn_threads: int = 256
+    vote_threads: int = 128
+
+
+HOPPER_RING = HopperRing()
+
+
 def hopper_config(dim: int) -> HopperConfig:
     """How Hopper's kernel is built for `dim`."""
     return _HOPPER[dim]
@@ -230,9 +260,9 @@ def hopper_candidates(dim: int) -> tuple[HopperConfig, ...]:
 
 
 def hopper_shared(dim: int, chosen: HopperConfig) -> int:
-    """Bytes of shared memory: what aligns it to 1 KB, the queries of two items, the tiles, and 2 KB for barriers and what a tile must be told of."""
+    """Bytes of shared memory: what aligns it to 1 KB, the queries of items, the tiles, and 2 KB for barriers and what a tile must be told of."""
     block = 64 * dim + 64 * (dim + 8 * chosen.ones)
-    return 1024 + 2 * 128 * dim + chosen.stages * chosen.tile_blocks * block + 2048
+    return 1024 + HOPPER_RING.slots * 128 * dim + chosen.stages * chosen.tile_blocks * block + 2048
 
 
 def hopper_variant(dim: int, masked: bool, chosen: HopperConfig) -> Variant:
