@@ -2,21 +2,25 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-# Folders whose tests only compute: their files are shared among so many processes. The others drive servers and a browser, one after the other.
-COMPUTING = tests/bench tests/emulator tests/kernels
+# Folders whose tests only compute: their files are shared among so many processes, each with one thread of PyTorch's, for these sizes gain nothing from
+# more and lose much on busy cores. The others drive servers and a browser, one after the other.
+COMPUTING = tests/bench tests/emulator tests/kernels tests/ptx tests/ring
 JOBS ?= 2
+COMPUTE = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
 # Where Python has torch already and no package registry is reached: make gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(RUN)
 # What happens in which step of `make gpu-rehearsal`.
 ACCIDENTS ?= speed Mochi 22k=hang,ptx sm_86=crash,speed Wan 14B 75k=fault,2^31=memory,ptx sm_80=wrong
 
-.PHONY: help setup test test-install demo serve gpu gpu-carry gpu-rehearsal bench bench-models bench-torch bench-monitor clean
+.PHONY: help setup test test-install test-ptx proof demo serve gpu gpu-carry gpu-rehearsal bench bench-models bench-torch bench-monitor clean
 
 help:
 	@echo "make demo         sample a tiny video model dense and sparse in a real ComfyUI, print the comparison, save the pictures"
 	@echo "make serve        the same server left open in the browser, with the workflow loaded"
-	@echo "make test         every test and the linter"
+	@echo "make test         every test but those of test-ptx and test-install, and the linter"
 	@echo "make test-install  the pack through comfy-cli and ComfyUI-Manager, which are installed from PyPI for that"
+	@echo "make test-ptx     every packaged kernel as the compiler's PTX, run on this CPU"
+	@echo "make proof        every interleaving of the protocol of Hopper's kernel, however it may be built; takes half an hour"
 	@echo "make gpu          the first ten minutes on an NVIDIA GPU: is every kernel right, how fast, what to change next; goes on where it ended"
 	@echo "make gpu-carry    what another machine needs for that (.gpu), listed with its size; make gpu-rehearsal runs it on an emulated GPU"
 	@echo "make bench        the cuda backend on this NVIDIA GPU: checked, then timed against PyTorch and every installed peer; SHORT=1 takes a minute,"
@@ -33,11 +37,17 @@ setup:
 test: setup
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
-	@$(RUN) -m pytest -n $(JOBS) --dist loadfile $(COMPUTING)
+	@$(COMPUTE) --dist loadfile $(COMPUTING)
 	@$(RUN) -m pytest $(COMPUTING:%=--ignore=%)
 
 test-install: setup
 	@$(RUN) -m pytest -m tools tests/install
+
+test-ptx: setup
+	@$(COMPUTE) -m ptx_all tests/ptx
+
+proof: setup
+	@$(RUN) tests/ring/prove.py --jobs $(JOBS)
 
 demo: setup
 	@$(RUN) tests/comfyui/demo.py

@@ -141,6 +141,14 @@ def test_the_loader_compiles_the_same_bytes(binaries, tmp_path):
         assert loader.find("sm_101", variant) == Binary(binaries["sm_101", variant.name].code, "sm_101", origin)
 
 
+def test_a_virtual_architecture_compiles_to_text(tool, sources):
+    program = nvrtc.program("sample.cu", "compute_80", (("SAMPLE_THREADS", 96),), sources)
+    compiled = nvrtc.open_library(build.pinned_nvrtc()).compile(program)
+    text = compiled.code.decode("ascii")
+    assert ".version" in text and ".target sm_80\n" in text and "\0" not in text and compiled.log == ""
+    assert all(f".entry {name}(" in text for name in SYMBOLS)
+
+
 # ---- inspect and complaints ----------------------------------------------------------------------------------------------------------------------
 
 
