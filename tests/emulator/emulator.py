@@ -36,8 +36,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PRIMITIVES = {"prim.cuh": ("prim.cuh", "runtime.h"), "prim_sm90.cuh": ("prim_sm90.cuh", "runtime_sm90.h")}
 """Sources of the kernels that this folder has a form of its own of, with the files that such a form consists of."""
+SWITCH = "switch.h"
+"""How a host thread changes stacks, for this runtime and that of tests/ptx."""
 RUNTIME = (
     "runtime.cpp",
+    "runtime_launch.cpp",
     "runtime_warp.cpp",
     "record.cpp",
     "sm90.cpp",
@@ -361,7 +364,7 @@ def configured(configuration: Configuration):
 @functools.cache
 def _runtime_library() -> ctypes.CDLL:
     """The runtime, which is loaded once and holds the stacks that all libraries' threads run on."""
-    names = (*itertools.chain(*PRIMITIVES.values()), "machine.h", "record.h", "sm90.h", *RUNTIME)
+    names = (*itertools.chain(*PRIMITIVES.values()), "machine.h", "record.h", "sm90.h", SWITCH, *RUNTIME)
     files = {f"host/{name}": (HERE / name).read_text() for name in names}
     used = Configuration()
     flags, units = (*compile_flags(used), *used.defines, "-O3", "-shared", "-Ihost"), tuple(f"host/{name}" for name in RUNTIME)

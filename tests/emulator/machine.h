@@ -142,9 +142,14 @@ inline uint64_t draw() {
 extern const char* const kNames[kKinds];
 const char* base_name(const char* path);
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
+// The same from a signal's handler.
+[[noreturn]] __attribute__((format(printf, 1, 2))) void escape(const char* format, ...);
 
 inline Fiber& fiber_of(Thread* t) { return *reinterpret_cast<Fiber*>(t); }
 inline Fiber& self() { return fiber_of(current); }
+
+// Runs the threads of a block to their end, or to the first error, which the launch keeps.
+void run_block(Launch& launch, Machine& machine, int64_t id);
 
 // Gives the processor to another thread that can go on, and returns when this one may.
 void yield(Fiber& me, int warp, bool turn_over);

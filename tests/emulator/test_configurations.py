@@ -11,7 +11,6 @@ import torch
 from emulator import Configuration
 from faults import Check, attention, prepass, select
 from test_faults import run  # noqa: F401 - a fixture
-from test_whole_call import guards, machine  # noqa: F401 - fixtures
 
 CONFIGURATIONS = {
     "contracted": Configuration(contract=True),

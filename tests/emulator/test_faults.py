@@ -8,14 +8,13 @@ import inspect
 import emulator
 import pytest
 from faults import FAULTS, Check
-from test_whole_call import guards, machine  # noqa: F401 - fixtures
 
 passed: set[str] = set()
 """Tests that were seen to pass on the sources as they are."""
 
 
 @pytest.fixture
-def run(machine):  # noqa: F811
+def run(machine):
     def call(check: Check) -> None:
         function = getattr(importlib.import_module(check.module), check.name)
         function(*([machine] if "machine" in inspect.signature(function).parameters else []), *check.arguments)

@@ -1,4 +1,4 @@
-"""Whole calls of the public functions that the PTX of the kernels is run through, and what they must give: that is what test_whole_call.py says.
+"""Whole calls of the public functions that the PTX of the kernels is run through. What they must give stands in tests/emulator/whole_call.py.
 
 calls.run(machine, ("sm_90", "fp8"), calls.PLAIN["topk"](64))
 """
@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from executor import ptx_of
 from sparge_kernels import block_sparse_attention, config, order, sparse_attention
-from test_whole_call import check as check_numbers
-from test_whole_call import clustered, falling, normal
 from torch import Tensor
+from whole_call import check as check_numbers
+from whole_call import clustered, falling, normal
 
 HALF = torch.float16
 HOPPER = (config.HOPPER, "fp8")
@@ -144,7 +144,7 @@ _REFERENCE = {"compensate", "key_mask", "causal", "causal_offset", "pvthreshd"}
 
 
 def check(call: WholeCall, arch: str, pv: str, result: Result) -> None:
-    """The blocks are the torch backend's, the numbers within the bounds of test_whole_call.py."""
+    """The blocks are the torch backend's, the numbers within the bounds of whole_call.py."""
     out, (q, k, v), plain = result.out, call.tensors, attend(call, "torch").info
     assert torch.equal(result.info.kept, plain.kept) and torch.equal(result.info.visible, plain.visible), "other blocks"
     if call.options.get("layout") == "NHD":

@@ -7,11 +7,11 @@ import pytest
 from executor import PtxMachine, Schedule
 from sparge_kernels import config
 from sparge_kernels.backends import cuda as backend
-from test_whole_call import guards  # noqa: F401 - a fixture that is always on
+from whole_call import guards  # noqa: F401 - a fixture
 
 
 @pytest.fixture
-def machine(monkeypatch):
+def machine(guards, monkeypatch):  # noqa: F811
     """machine(arch, pv, ...): the GPU that every device is taken for from then on; arguments as PtxMachine's."""
 
     def use(*how, **more) -> PtxMachine:

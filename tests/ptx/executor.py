@@ -135,6 +135,7 @@ def _runtime():
     if os.uname().machine != "x86_64":
         missing("an x86-64 processor, whose instructions change between the executor's threads,")
     files = {f"host/{name}": (HERE / name).read_text() for name in (*HEADERS, "runtime.h", *RUNTIME)}
+    files[f"host/{emulator.SWITCH}"] = (emulator.HERE / emulator.SWITCH).read_text()
     units = tuple(f"host/{name}" for name in RUNTIME)
     path = emulator.build("ptx-runtime", (*emulator.compile_flags(), "-O3", "-shared", "-Ihost"), files, units, ".so")
     launch = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL).ptx_launch

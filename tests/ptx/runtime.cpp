@@ -12,6 +12,8 @@
 
 #include <algorithm>
 
+#include "switch.h"
+
 #if !defined(__x86_64__)
 #error "fibers are switched by x86-64 instructions"
 #endif
@@ -103,37 +105,13 @@ u64 divisor(Thread& me, u64 b, int line) {
 
 // ---- fibers ---------------------------------------------------------------------------------------------------------------------------------------
 
-extern "C" void ptx_switch(void** from, void* to);
-asm(R"(
-.text
-.local ptx_switch
-.type ptx_switch, @function
-ptx_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size ptx_switch, .-ptx_switch
-)");
-
-void suspend(Fiber& me) { ptx_switch(&me.stack_pointer, scheduler_stack_pointer); }
+void suspend(Fiber& me) { switch_stack(&me.stack_pointer, scheduler_stack_pointer); }
 
 namespace {
 
 void resume(Fiber& fiber) {
   running = &fiber;
-  ptx_switch(&scheduler_stack_pointer, fiber.stack_pointer);
+  switch_stack(&scheduler_stack_pointer, fiber.stack_pointer);
   running = nullptr;
 }
 
@@ -163,11 +141,7 @@ int new_fuel() { return request->schedule.preempt ? 1 + (int)draw(2 * request->s
 void prepare(Fiber& fiber) {
   fiber.stack = new_stack();
   fiber.fuel = new_fuel();
-  void** top = reinterpret_cast<void**>(fiber.stack + kStack - 64);
-  *--top = nullptr;  // where run_thread would return to
-  *--top = reinterpret_cast<void*>(run_thread);
-  for (int i = 0; i < 6; i++) *--top = nullptr;  // the registers that ptx_switch takes back
-  fiber.stack_pointer = top;
+  fiber.stack_pointer = place_to_start(fiber.stack + kStack - 64, run_thread);
 }
 
 }  // namespace

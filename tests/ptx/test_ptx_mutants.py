@@ -38,7 +38,7 @@ MUTANTS = {
         HOPPER, r"(cvt\.rn\.satfinite\.e4m3x2\.f32\s+\S+), (\S+), (\S+);", r"\1, \3, \2;", 64, "topk on sm_90", NUMBERS
     ),
     "descriptors of another swizzle": Mutant(HOPPER, "-9223371899415822336", "-4611685880988434432", 20, "topk on sm_90", "descriptor"),
-    "sums are never begun anew": Mutant(HOPPER, r"(setp\.ne\.b32 p, )%r\d+, 0;", r"\g<1>1, 0;", 14, "topk on sm_90", "isfinite"),
+    "sums are never begun anew": Mutant(HOPPER, r"(setp\.ne\.b32 p, )%r\d+, 0;", r"\g<1>1, 0;", 14, "topk on sm_90", "not finite"),
     "the ones are not fenced": Mutant(HOPPER, r"fence\.proxy\.async\.shared::cta;", "", 1, "topk on sm_90", "without a proxy fence"),
     "the scales are not fenced": Mutant(
         HOPPER, r"(fence\.proxy\.async\.shared::cta;.*?)fence\.proxy\.async\.shared::cta;", r"\1", 1, "long lists on sm_90", "without a proxy fence"
@@ -53,7 +53,12 @@ MUTANTS = {
         HOPPER, r"barrier\.cta\.sync %r\d+, %r\d+;(?=\s+// end inline asm\s+bra\.uni)", "", 1, "topk on sm_90", "in vain"
     ),
     "facts of a tile come after its copies": Mutant(
-        HOPPER, rf"({FACTS})((?:.*?cp\.async\.bulk[^;]*;){{4}})", r"\2\1", 1, "stalled lists on sm_90", f"isfinite|{NUMBERS}|outside of every tensor"
+        HOPPER,
+        rf"({FACTS})((?:.*?cp\.async\.bulk[^;]*;){{4}})",
+        r"\2\1",
+        1,
+        "stalled lists on sm_90",
+        f"not finite|{NUMBERS}|outside of every tensor",
     ),
     "lanes of the producer do not wait for each other": Mutant(
         HOPPER, rf"bar\.warp\.sync\s+-1;([^{{]*{FACTS})", r"\1", 1, "stalled lists on sm_90", "deadlock"
