@@ -20,7 +20,7 @@ help:
 	@echo "make test         every test but those of test-ptx and test-install, and the linter"
 	@echo "make test-install  the pack through comfy-cli and ComfyUI-Manager, which are installed from PyPI for that"
 	@echo "make test-ptx     every packaged kernel as the compiler's PTX, run on this CPU"
-	@echo "make proof        every interleaving of the protocol of Hopper's kernel, however it may be built; takes half an hour"
+	@echo "make proof        every interleaving of the protocol of Hopper's kernel, however it may be built; takes long"
 	@echo "make gpu          the first ten minutes on an NVIDIA GPU: is every kernel right, how fast, what to change next; goes on where it ended"
 	@echo "make gpu-carry    what another machine needs for that (.gpu), listed with its size; make gpu-rehearsal runs it on an emulated GPU"
 	@echo "make bench        the cuda backend on this NVIDIA GPU: checked, then timed against PyTorch and every installed peer; SHORT=1 takes a minute,"
