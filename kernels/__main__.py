@@ -20,6 +20,7 @@ import torch
 from . import __version__, reference
 from .attention import block_sparse_attention, select_blocks
 from .backends import TABLE, report
+from .call import SelfTest
 
 CASES = (
     # name, dtype, B, H, H_kv, S_q, S_k, D, causal, key mask, bound on the relative L2 error beyond what quantisation costs
@@ -37,17 +38,17 @@ def main() -> int:
     failed = False
     for name, status in report().items():
         print(f"backend {name}: {'available' if status.available else 'not available'} ({status.reason})")
-        for device, cost in TABLE[name].self_test_devices() if status.available else ():
-            failed |= not _self_test(name, device, cost)
+        for test in TABLE[name].self_test_devices() if status.available else ():
+            failed |= not _self_test(name, test)
     return int(failed)
 
 
-def _self_test(name: str, device: torch.device, cost: float) -> bool:
+def _self_test(name: str, test: SelfTest) -> bool:
     """Independent normal values, in which nothing averages errors out; the reference runs on the CPU."""
-    good = True
+    good, device = True, test.device
     for label, dtype, b, h, h_kv, s_q, s_k, d, causal, masked, bound in CASES:
         generator = torch.Generator().manual_seed(0)
-        bound += cost
+        bound += test.error
         q = torch.randn(b, h, s_q, d, generator=generator).to(device, dtype)
         k, v = (torch.randn(b, h_kv, s_k, d, generator=generator).to(device, dtype) for _ in range(2))
         key_mask = (torch.rand(b, s_k, generator=generator) > 0.2).to(device) if masked else None

@@ -7,107 +7,52 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, ops
 from .backends import TABLE, BackendChoice, choose
-from .block_mask import BLOCK_K, BlockMask, num_blocks
+from .block_mask import BlockMask, KeptBlocks
+from .call import Call, Kind, Result, Rule
 from .errors import UnsupportedCall
 from .order import OrderPlan
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionInfo:
-    """What a call did, as the backend left it; what is told beyond that is worked out when read, on the device of the call.
+    """What a call did, as its backend left it; numbers are worked out when read, on the device of the call, without waiting for it.
 
     Attributes
     ----------
-    density : fp32 (B, H)
-        Kept / visible blocks, 0..1 (visible: not excluded by causal or a fully masked block).
-    pv_skipped : fp32 (B, H)
-        Share of the kept tiles whose PV half was skipped, 0..1.
     backend : str
         The backend that ran.
-    block_mask : BlockMask
+    kept : KeptBlocks
         The kept blocks, in plan order when an order was given.
-    kept : bool (B, H, N_q, N_k)
-        The same as a map.
-    visible : int32 (B, 1, N_q)
-        The visible blocks per row.
-    blocks, counts : bool (B, H, N_q, N_k) or int16 (B, H, N_q, capacity), and int32 (B, H, N_q)
-        The backend's own form of the map: a bool map, or ascending key block numbers (unsigned) of which the first `counts` of a row hold.
-    skips : int32 (B, H, 2)
-        Dropped tiles, and the tiles of kept blocks in all.
-    key_blocks : int
-        N_k.
+    pv_tiles : int32 (B, H, 2)
+        The tiles of kept blocks whose PV half was skipped, and the tiles of kept blocks in all.
     """
 
     backend: str
-    blocks: Tensor
-    counts: Tensor
-    visible: Tensor
-    skips: Tensor
-    key_blocks: int
+    kept: KeptBlocks
+    pv_tiles: Tensor
 
     @property
     def density(self) -> Tensor:
-        return self.counts.sum(-1, dtype=torch.float32) / self.visible.sum(-1, dtype=torch.float32).clamp_min(1)
+        """Kept / visible blocks: fp32 (B, H), 0..1 (visible: not excluded by causal or a fully masked block)."""
+        return self.kept.density
 
     @property
     def pv_skipped(self) -> Tensor:
-        return self.skips[..., 0] / self.skips[..., 1].clamp_min(1)
-
-    @property
-    def kept(self) -> Tensor:
-        return _as_map(self.blocks, self.counts, self.key_blocks)
+        """Share of the tiles of kept blocks whose PV half was skipped: fp32 (B, H), 0..1."""
+        return self.pv_tiles[..., 0] / self.pv_tiles[..., 1].clamp_min(1)
 
     @property
     def block_mask(self) -> BlockMask:
-        return BlockMask.from_dense(self.kept, self.visible)
+        """The kept blocks as a mask for other calls."""
+        return BlockMask(self.kept.to_map(), self.kept.visible)
 
     def pooled(self, most: int = 64) -> Tensor:
-        """A small picture of the kept blocks: uint8 (H, R, C) with R = min(most, N_q), C = min(most, N_k), without waiting for the device.
-
-        0..255 is the share that is kept of the blocks in a cell, over the batch. Of n blocks pooled to r cells, cell i holds the blocks
-        i * n // r up to (i + 1) * n // r.
-        """
-        batch, heads, n_q = self.counts.shape
-        q_edges, k_edges = (_edges(n, min(n, most), self.counts.device) for n in (n_q, self.key_blocks))
-        per_chunk = max(1, _POOLED_AT_ONCE // max(1, self.blocks[:, :1].numel()))
-        chunks = range(0, heads, per_chunk)
-        below = torch.cat([self._kept_below(k_edges, slice(h, h + per_chunk)) for h in chunks])  # (H, N_q, C + 1)
-        kept = F.pad(below.cumsum(1), (0, 0, 1, 0))[:, q_edges].diff(dim=1).diff(dim=2)
-        blocks = q_edges.diff()[:, None] * k_edges.diff() * batch
-        return (kept * 255 / blocks + 0.5).to(torch.uint8)
-
-    def _kept_below(self, edges: Tensor, heads: slice) -> Tensor:
-        """How many of the blocks in front of each edge a row of these heads keeps, summed over the batch: (heads, N_q, edges)."""
-        blocks = self.blocks[:, heads]
-        if blocks.dtype == torch.bool:
-            return F.pad(blocks.sum(0).cumsum(-1), (1, 0))[..., edges]
-        within = torch.arange(blocks.shape[-1], device=blocks.device) < self.counts[:, heads, :, None]
-        ids = torch.where(within, blocks.int() & 0xFFFF, self.key_blocks)
-        return torch.searchsorted(ids, edges.int().expand(*ids.shape[:-1], -1).contiguous()).sum(0)
-
-
-_POOLED_AT_ONCE = 1 << 22
-"""Entries of the kept blocks that `AttentionInfo.pooled` widens at once: some 50 MB, or what one head needs."""
-
-
-def _edges(blocks: int, cells: int, device: torch.device) -> Tensor:
-    """Where each of `cells` begins, and the end: int64 (cells + 1,); made on the device, for a copy from the host would wait."""
-    return torch.arange(cells + 1, device=device) * blocks // cells
-
-
-def _as_map(blocks: Tensor, counts: Tensor, key_blocks: int) -> Tensor:
-    """The bool map (B, H, N_q, N_k) of either form of the kept blocks."""
-    if blocks.dtype == torch.bool:
-        return blocks
-    within = torch.arange(blocks.shape[-1], device=blocks.device) < counts[..., None]
-    ids = torch.where(within, blocks.long() & 0xFFFF, key_blocks)  # what lies behind a row's count goes to a column that is cut off
-    kept = torch.zeros((*blocks.shape[:-1], key_blocks + 1), dtype=torch.bool, device=blocks.device)
-    return kept.scatter_(-1, ids, True)[..., :key_blocks].contiguous()
+        """The pooled map of the kept blocks: uint8 (H, min(most, N_q), min(most, N_k)), 0..255; see `KeptBlocks.pooled`."""
+        return self.kept.pooled(most)
 
 
 def sparse_attention(
@@ -188,9 +133,24 @@ def sparse_attention(
     Source: Zhang et al., SpargeAttention, ICML 2025 (PMLR 267); the selection rules are this project's form of it.
     """
     q, k, v = checks.tensors(q, k, v, layout)
-    arguments = _selection_arguments(q, k, topk, cdfthreshd, simthreshd1, causal, causal_offset, scale, key_mask, always_keep, order, score, smooth_k,
-                                     backend)  # fmt: skip
-    return _attend(q, k, v, None, arguments, pvthreshd, compensate, layout, return_lse, return_info)
+    rule = _rule(q.shape[1], q.device, topk, cdfthreshd, simthreshd1, score)
+    call = _call(
+        q,
+        k,
+        causal=causal,
+        causal_offset=causal_offset,
+        scale=scale,
+        key_mask=key_mask,
+        always_keep=always_keep,
+        order=order,
+        smooth_k=smooth_k,
+        backend=backend,
+        pvthreshd=pvthreshd,
+        compensate=compensate,
+        return_lse=return_lse,
+        return_info=return_info,
+    )
+    return _returned(call, ops.attend(call, rule, q, k, v), layout)
 
 
 def block_sparse_attention(
@@ -223,9 +183,23 @@ def block_sparse_attention(
     The other parameters, the returns and the errors are those of `sparse_attention`.
     """
     q, k, v = checks.tensors(q, k, v, layout)
-    block_map = checks.block_mask(block_mask, q, k)
-    arguments = _selection_arguments(q, k, None, None, -0.1, causal, causal_offset, scale, key_mask, None, order, "mean", smooth_k, backend)
-    return _attend(q, k, v, block_map, arguments, pvthreshd, compensate, layout, return_lse, return_info)
+    rule = Rule(block_map=checks.block_mask(block_mask, q, k))
+    call = _call(
+        q,
+        k,
+        causal=causal,
+        causal_offset=causal_offset,
+        scale=scale,
+        key_mask=key_mask,
+        order=order,
+        smooth_k=smooth_k,
+        backend=backend,
+        pvthreshd=pvthreshd,
+        compensate=compensate,
+        return_lse=return_lse,
+        return_info=return_info,
+    )
+    return _returned(call, ops.attend(call, rule, q, k, v), layout)
 
 
 def select_blocks(
@@ -251,10 +225,21 @@ def select_blocks(
     Parameters, errors: as for `sparse_attention`.
     """
     q, k, _ = checks.tensors(q, k, None, layout)
-    arguments = _selection_arguments(q, k, topk, cdfthreshd, simthreshd1, causal, causal_offset, scale, key_mask, always_keep, order, score, smooth_k,
-                                     backend)  # fmt: skip
-    blocks, counts, visible = ops.select(q, k, *arguments.rule, *arguments.common)
-    return BlockMask.from_dense(_as_map(blocks, counts, num_blocks(k.shape[2], BLOCK_K)), visible)
+    rule = _rule(q.shape[1], q.device, topk, cdfthreshd, simthreshd1, score)
+    call = _call(
+        q,
+        k,
+        causal=causal,
+        causal_offset=causal_offset,
+        scale=scale,
+        key_mask=key_mask,
+        always_keep=always_keep,
+        order=order,
+        smooth_k=smooth_k,
+        backend=backend,
+    )
+    kept = ops.select(call, rule, q, k)
+    return BlockMask(kept.to_map(), kept.visible)
 
 
 def merge_lse(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, layout: str = "HND") -> tuple[Tensor, Tensor]:
@@ -309,59 +294,61 @@ def can_run(
     BackendChoice
         A refusal is not for ever: during the capture of a CUDA graph no kernels are loaded, after it they are.
     """
-    call = ops.Call(torch.device(device), checks.backend(backend), dim=head_dim, dtype=dtype, masked=masked)
+    kind = Kind(torch.device(device), checks.backend(backend), dtype, head_dim, masked=masked)
     try:
-        name = choose(call)
+        name = choose(kind)
     except UnsupportedCall as refusal:
         return BackendChoice(None, "; ".join(f"{name}: {why}" for name, why in refusal.reasons.items()), False, False)
     return BackendChoice(name, None, TABLE[name].quantised, TABLE[name].skips_pv)
 
 
-@dataclass(frozen=True, eq=False)
-class _Arguments:
-    """Checked arguments in the operators' order."""
-
-    rule: tuple
-    common: tuple
-
-
-def _selection_arguments(q, k, topk, cdfthreshd, simthreshd1, causal, causal_offset, scale, key_mask, always_keep, order, score, smooth_k, backend):
-    heads = q.shape[1]
+def _rule(heads: int, device: torch.device, topk, cdfthreshd, simthreshd1, score) -> Rule:
+    """The rule of a selection, from the caller's arguments; tensors go to `device`."""
     if topk is None and cdfthreshd is None:
         topk = 0.5
     if topk is not None:
-        topk = checks.number("topk", topk, 0, 1, heads, low_open=True, remedy="use 1 for dense attention, 0.5 for half of the blocks")
+        topk = checks.number("topk", topk, checks.TOPK, heads)
     if cdfthreshd is not None:
-        cdfthreshd = checks.number("cdfthreshd", cdfthreshd, 0, 1, heads, low_open=True, remedy="leave it out to select by topk alone")
-    sim = checks.number("simthreshd1", simthreshd1, -1, 1, heads, low_open=False, remedy="use -0.1 to switch the judge off")
-    causal = checks.flag("causal", causal)
-    offset = checks.causal_offset(causal, causal_offset)
-    plan = checks.order(order, q.shape[2], k.shape[2], causal)
-    keep_q, keep_k = checks.always_keep(always_keep, q.shape[2], k.shape[2])
-    numbers, tensors = [], []
-    for value in (topk, cdfthreshd, sim):
-        per_head = isinstance(value, Tensor)
-        numbers.append(None if per_head else value)
-        tensors.append(value.to(q.device) if per_head else None)
-    numbers[2] = -1.0 if numbers[2] is None else numbers[2]
-    rule = (*numbers, checks.choice("score", score, ("subblock", "mean")), *tensors)
-    common = (checks.key_mask(key_mask, k), causal, offset, checks.scale(scale, q.shape[3]), checks.flag("smooth_k", smooth_k), keep_q, keep_k,
-              None if plan is None else plan.on(q.device), checks.backend(backend))  # fmt: skip
-    return _Arguments(rule, common)
+        cdfthreshd = checks.number("cdfthreshd", cdfthreshd, checks.CDF, heads)
+    sim = checks.number("simthreshd1", simthreshd1, checks.SIM, heads)
+    topk, cdf, sim = (x.to(device) if isinstance(x, Tensor) else x for x in (topk, cdfthreshd, sim))
+    return Rule(topk, cdf, sim, checks.choice("score", score, ("subblock", "mean")))
 
 
-def _attend(q, k, v, block_map, arguments: _Arguments, pvthreshd, compensate, layout, return_lse, return_info):
-    pv = checks.number("pvthreshd", pvthreshd, 0, math.inf, q.shape[1], low_open=True, remedy="15 is a good start, 50 is off in practice")
-    flags = (checks.flag("compensate", compensate), checks.flag("return_lse", return_lse))
-    return_info = checks.flag("return_info", return_info)
-    pv_arguments = (50.0, pv.to(q.device)) if isinstance(pv, Tensor) else (pv, None)
-    out, lse, *did = ops.attend(q, k, v, block_map, *arguments.rule, *pv_arguments, *flags, *arguments.common)
-    if layout == "NHD":
-        out = out.transpose(1, 2)
-    result = (out,)
-    if return_lse:
-        result += (lse,)
-    if return_info:
-        call = ops.Call(q.device, arguments.common[-1], dtype=q.dtype, s_q=q.shape[2], s_k=k.shape[2], dim=q.shape[3])
-        result += (AttentionInfo(choose(call), *did, num_blocks(k.shape[2], BLOCK_K)),)
-    return result if len(result) > 1 else out
+def _call(q: Tensor, k: Tensor, **given) -> Call:
+    """The call of q and k, from the caller's arguments by name; those that a function does not have are as if left out."""
+    s_q, s_k, dim = q.shape[2], k.shape[2], q.shape[3]
+    causal = checks.flag("causal", given["causal"])
+    offset = checks.causal_offset(causal, given["causal_offset"])
+    order = checks.order(given["order"], s_q, s_k, causal)
+    keep_q, keep_k = checks.always_keep(given.get("always_keep"), s_q, s_k)
+    key_mask = checks.key_mask(given["key_mask"], k)
+    pv = checks.number("pvthreshd", given.get("pvthreshd", 15.0), checks.PV, q.shape[1])
+    kind = Kind(q.device, checks.backend(given["backend"]), q.dtype, dim, s_k, key_mask is not None)
+    return Call.of(
+        q,
+        k,
+        scale=checks.scale(given["scale"], dim),
+        causal=causal,
+        causal_offset=offset,
+        smooth_k=checks.flag("smooth_k", given["smooth_k"]),
+        pvthreshd=pv.to(q.device) if isinstance(pv, Tensor) else pv,
+        compensate=checks.flag("compensate", given.get("compensate", False)),
+        want_lse=checks.flag("return_lse", given.get("return_lse", False)),
+        want_info=checks.flag("return_info", given.get("return_info", False)),
+        keep_q=keep_q,
+        keep_k=keep_k,
+        perm=None if order is None else order.on(q.device),
+        key_mask=key_mask,
+        backend=choose(kind),
+    )
+
+
+def _returned(call: Call, result: Result, layout: str):
+    """What the public functions return: the output in the caller's layout, and what else was asked for."""
+    out = result.out.transpose(1, 2) if layout == "NHD" else result.out
+    if not call.want_lse and not call.want_info:
+        return out
+    lse = (result.lse,) if call.want_lse else ()
+    info = (AttentionInfo(call.backend, result.kept, result.pv_tiles),) if call.want_info else ()
+    return (out, *lse, *info)

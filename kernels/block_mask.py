@@ -1,4 +1,4 @@
-"""Which key blocks each query block attends to: `BlockMask`, and builders for the usual static patterns."""
+"""Which key blocks each query block attends to: `KeptBlocks` of a call, and `BlockMask` with builders for the usual static patterns."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -25,24 +26,91 @@ def num_blocks(length: int, block: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
+class KeptBlocks:
+    """The kept blocks of a call as its backend left them; everything else is worked out when read, on the device of the call, without waiting for it.
+
+    Attributes
+    ----------
+    blocks : bool (B, H, N_q, N_k) or int16 (B, H, N_q, capacity)
+        A block map, or ascending key block numbers (unsigned) of which the first `counts` of a row hold.
+    counts : int32 (B, H, N_q)
+        Kept blocks of each row.
+    visible : int32 (B, 1, N_q)
+        Visible blocks of each row.
+    key_blocks : int
+        N_k.
+    """
+
+    blocks: Tensor
+    counts: Tensor
+    visible: Tensor
+    key_blocks: int
+
+    @property
+    def density(self) -> Tensor:
+        """Kept / visible blocks: fp32 (B, H), 0..1; 0 where nothing is visible."""
+        return self.counts.sum(-1, dtype=torch.float32) / self.visible.sum(-1, dtype=torch.float32).clamp_min(1)
+
+    def to_map(self) -> Tensor:
+        """The block map, bool (B, H, N_q, N_k)."""
+        if self.blocks.dtype == torch.bool:
+            return self.blocks
+        ids = self._numbers(slice(None)).long()  # what lies behind a row's count goes to a column that is cut off
+        kept = torch.zeros((*ids.shape[:-1], self.key_blocks + 1), dtype=torch.bool, device=ids.device)
+        return kept.scatter_(-1, ids, True)[..., : self.key_blocks].contiguous()
+
+    def pooled(self, most: int = 64) -> Tensor:
+        """The pooled map: uint8 (H, R, C) with R = min(most, N_q), C = min(most, N_k).
+
+        0..255 is the share that is kept of the blocks in a cell, over the batch. Of n blocks pooled to r cells, cell i holds the blocks
+        i * n // r up to (i + 1) * n // r.
+        """
+        batch, heads, n_q = self.counts.shape
+        q_edges, k_edges = (_edges(n, min(n, most), self.counts.device) for n in (n_q, self.key_blocks))
+        per_chunk = max(1, _POOLED_AT_ONCE // max(1, self.blocks[:, :1].numel()))
+        chunks = range(0, heads, per_chunk)
+        below = torch.cat([self._kept_below(k_edges, slice(h, h + per_chunk)) for h in chunks])  # (H, N_q, C + 1)
+        kept = F.pad(below.cumsum(1), (0, 0, 1, 0))[:, q_edges].diff(dim=1).diff(dim=2)
+        blocks = q_edges.diff()[:, None] * k_edges.diff() * batch
+        return (kept * 255 / blocks + 0.5).to(torch.uint8)
+
+    def _kept_below(self, edges: Tensor, heads: slice) -> Tensor:
+        """How many of the blocks in front of each edge a row of these heads keeps, summed over the batch: (heads, N_q, edges)."""
+        if self.blocks.dtype == torch.bool:
+            return F.pad(self.blocks[:, heads].sum(0).cumsum(-1), (1, 0))[..., edges]
+        ids = self._numbers(heads)
+        return torch.searchsorted(ids, edges.int().expand(*ids.shape[:-1], -1).contiguous()).sum(0)
+
+    def _numbers(self, heads: slice) -> Tensor:
+        """The lists as int32, N_k behind a row's count."""
+        blocks = self.blocks[:, heads]
+        within = torch.arange(blocks.shape[-1], device=blocks.device) < self.counts[:, heads, :, None]
+        return torch.where(within, blocks.int() & 0xFFFF, self.key_blocks)
+
+
+_POOLED_AT_ONCE = 1 << 22
+"""Entries of the kept blocks that `KeptBlocks.pooled` widens at once: some 50 MB, or what one head needs."""
+
+
+def _edges(blocks: int, cells: int, device: torch.device) -> Tensor:
+    """Where each of `cells` begins, and the end: int64 (cells + 1,); made on the device, for a copy from the host would wait."""
+    return torch.arange(cells + 1, device=device) * blocks // cells
+
+
+@dataclass(frozen=True, eq=False)
 class BlockMask:
-    """Kept (query block, key block) pairs as CSR lists, one list per (batch, head, query block).
+    """A block map: which (query block, key block) pairs are kept.
 
     Parameters
     ----------
-    shape : (B, H, N_q, N_k)
-        B and H may be 1 and then hold for every batch or head. Blocks are 128 query rows by 64 key rows.
-    indptr : int32 (B * H * N_q + 1,)
-        Row r = (b * H + h) * N_q + i owns `indices[indptr[r] : indptr[r + 1]]`.
-    indices : int32 (kept blocks,)
-        Key block numbers, ascending within a row.
+    block_map : bool (B, H, N_q, N_k)
+        True = kept; not to be written to afterwards. B and H may be 1 and then hold for every batch or head. Blocks are 128 query rows by 64 key
+        rows. `from_dense` checks and copies a map.
     visible : int32 (B|1, H|1, N_q) or None
         How many key blocks each row could have kept (causal and masks exclude the others). None: all N_k.
     """
 
-    shape: tuple[int, int, int, int]
-    indptr: Tensor
-    indices: Tensor
+    block_map: Tensor
     visible: Tensor | None = None
     _maps: dict = field(default_factory=dict, init=False, repr=False)
 
@@ -55,24 +123,24 @@ class BlockMask:
             kept = kept[None, None]
         if kept.dim() != 4 or kept.shape[2] < 1 or kept.shape[3] < 1:
             raise ValueError(f"kept must have the shape (B, H, N_q, N_k), got {tuple(kept.shape)}; use 1 for B and H to share a mask")
-        counts = kept.sum(-1, dtype=torch.int32).flatten()
-        indptr = torch.zeros(counts.numel() + 1, dtype=torch.int32, device=kept.device)
-        indptr[1:] = counts.cumsum(0)
-        return cls(tuple(kept.shape), indptr, kept.nonzero()[:, 3].to(torch.int32), visible)
+        return cls(kept.clone(memory_format=torch.contiguous_format), visible)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, N_q, N_k)."""
+        return tuple(self.block_map.shape)
 
     def to_dense(self) -> Tensor:
-        """The bool map (B, H, N_q, N_k)."""
-        rows, n_k = self.indptr.numel() - 1, self.shape[3]
-        kept = torch.zeros(rows, n_k, dtype=torch.bool, device=self.indices.device)
-        row_of = torch.repeat_interleave(torch.arange(rows, device=kept.device), self.indptr.diff().long(), output_size=self.indices.numel())
-        kept[row_of, self.indices.long()] = True
-        return kept.view(self.shape)
+        """A copy of the block map, bool (B, H, N_q, N_k)."""
+        return self.block_map.clone()
 
     def on(self, device: torch.device, keep: bool = True) -> Tensor:
-        """`to_dense()` on `device`; where `keep`, made once per device and kept with the mask, which takes a byte per entry."""
+        """The block map on `device`, not to be written to; where `keep`, a copy is made once per device and stays with the mask."""
+        if device == self.block_map.device:
+            return self.block_map
         if device in self._maps:
             return self._maps[device]
-        made = self.to_dense().to(device)
+        made = self.block_map.to(device)
         if keep and type(made) is Tensor:  # a tensor that only stands for one, as while a compiler looks, is of no use to a later call
             self._maps[device] = made
         return made
@@ -83,16 +151,14 @@ class BlockMask:
     @property
     def density(self) -> Tensor:
         """Kept / visible blocks per (batch, head): fp32 (B, H), 0..1; 0 where nothing is visible."""
-        b, h, n_q, n_k = self.shape
-        kept = self.indptr.diff().view(b, h, n_q).sum(-1, dtype=torch.float32)
+        kept = self.block_map.sum(-1).sum(-1, dtype=torch.float32)
         if self.visible is None:
-            return kept / (n_q * n_k)
+            return kept / (self.shape[2] * self.shape[3])
         return kept / self.visible.sum(-1, dtype=torch.float32).clamp_min(1)
 
     def to(self, device: torch.device | str) -> BlockMask:
         """The same mask with its tensors on `device`."""
-        visible = None if self.visible is None else self.visible.to(device)
-        return BlockMask(self.shape, self.indptr.to(device), self.indices.to(device), visible)
+        return BlockMask(self.block_map.to(device), None if self.visible is None else self.visible.to(device))
 
     def __or__(self, other: BlockMask) -> BlockMask:
         return self._combine(other, torch.logical_or)
@@ -105,8 +171,8 @@ class BlockMask:
             return NotImplemented
         if self.shape[2:] != other.shape[2:] or any(a != b and 1 not in (a, b) for a, b in zip(self.shape[:2], other.shape[:2], strict=True)):
             raise ValueError(f"block masks must agree in N_q and N_k, and in B and H up to 1, got {self.shape} and {other.shape}")
-        kept = how(self.to_dense(), other.to_dense())
-        return BlockMask.from_dense(kept, self.visible if self.visible is not None else other.visible)
+        kept = how(self.block_map, other.block_map)
+        return BlockMask(kept, self.visible if self.visible is not None else other.visible)
 
     @staticmethod
     def sliding_window(s_q: int, s_k: int, window: int) -> BlockMask:

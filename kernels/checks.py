@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -66,12 +67,33 @@ def _axes(x: Tensor) -> str:
     return f"B={x.shape[0]} H={x.shape[1]} S={x.shape[2]} D={x.shape[3]}"
 
 
-def number(name: str, value, low: float, high: float, heads: int, *, low_open: bool, remedy: str) -> float | Tensor | None:
-    """A number, or a per-head 1-D tensor, between `low` and `high`.
+@dataclass(frozen=True)
+class Range:
+    """What a number may be, and what to do about another one."""
+
+    low: float
+    high: float
+    low_open: bool
+    remedy: str
+
+    def holds(self, x: float) -> bool:
+        return (x > self.low if self.low_open else x >= self.low) and x <= self.high
+
+    def __str__(self) -> str:
+        return f"{'(' if self.low_open else '['}{self.low:g}, {'inf)' if self.high == math.inf else f'{self.high:g}]'}"
+
+
+TOPK = Range(0, 1, True, "use 1 for dense attention, 0.5 for half of the blocks")
+CDF = Range(0, 1, True, "leave it out to select by topk alone")
+SIM = Range(-1, 1, False, "use -0.1 to switch the judge off")
+PV = Range(0, math.inf, True, "15 is a good start, 50 is off in practice")
+
+
+def number(name: str, value, allowed: Range, heads: int) -> float | Tensor:
+    """A number, or a per-head 1-D tensor, within a range.
 
     A tensor on the CPU is checked; one on a device is not read (that would wait for the device).
     """
-    rule = f"{'(' if low_open else '['}{low:g}, {'inf)' if high == math.inf else f'{high:g}]'}"
     if isinstance(value, Tensor):
         if value.dim() != 1 or value.shape[0] != heads:
             raise ValueError(
@@ -79,13 +101,13 @@ def number(name: str, value, low: float, high: float, heads: int, *, low_open: b
             )
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
             for head, x in enumerate(value.tolist()):
-                if not ((x > low if low_open else x >= low) and x <= high and math.isfinite(x)):
-                    raise ValueError(f"{name} must be in {rule}, got {x} for head {head}; {remedy}")
+                if not (allowed.holds(x) and math.isfinite(x)):
+                    raise ValueError(f"{name} must be in {allowed}, got {x} for head {head}; {allowed.remedy}")
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number or a 1-D tensor of one value per head, got {value!r}")
-    if not ((value > low if low_open else value >= low) and value <= min(high, LARGEST)):
-        raise ValueError(f"{name} must be in {rule}, got {value!r}; {remedy}")
+    if not (allowed.holds(value) and value <= LARGEST):
+        raise ValueError(f"{name} must be in {allowed}, got {value!r}; {allowed.remedy}")
     return float(value)
 
 

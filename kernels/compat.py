@@ -53,18 +53,6 @@ def _always_keep(attention_sink: bool, s_k: int):
     return {"k": [(0, min(64, s_k))]} if attention_sink else None
 
 
-def _meansim(q, k, v, attn_mask, dropout_p, is_causal, scale, smooth_k, simthreshd1, cdfthreshd, topk, pvthreshd, attention_sink, tensor_layout,
-             output_dtype, return_sparsity):  # fmt: skip
-    _refuse_dropout(dropout_p)
-    s_k = k.shape[1] if tensor_layout == "NHD" else k.shape[-2]
-    result = sparse_attention(
-        q, k, v, topk=topk, cdfthreshd=cdfthreshd, simthreshd1=simthreshd1, pvthreshd=pvthreshd, causal=is_causal, scale=scale,
-        key_mask=_key_mask(attn_mask, k.shape[0], s_k), always_keep=_always_keep(attention_sink, s_k), score="mean", smooth_k=smooth_k,
-        layout=tensor_layout, return_info=True,
-    )  # fmt: skip
-    return _finish(result, output_dtype, return_sparsity)
-
-
 def spas_sage2_attn_meansim_topk_cuda(
     q: Tensor,
     k: Tensor,
@@ -84,8 +72,26 @@ def spas_sage2_attn_meansim_topk_cuda(
     return_sparsity: bool = False,
 ):
     """Top-k block-sparse attention (`sparse_attention` with score="mean"); return_sparsity gives (out, 1 - density as a float)."""
-    return _meansim(q, k, v, attn_mask, dropout_p, is_causal, scale, smooth_k, simthreshd1, cdfthreshd, topk, pvthreshd, attention_sink,
-                    tensor_layout, output_dtype, return_sparsity)  # fmt: skip
+    _refuse_dropout(dropout_p)
+    s_k = k.shape[1] if tensor_layout == "NHD" else k.shape[-2]
+    result = sparse_attention(
+        q,
+        k,
+        v,
+        topk=topk,
+        cdfthreshd=cdfthreshd,
+        simthreshd1=simthreshd1,
+        pvthreshd=pvthreshd,
+        causal=is_causal,
+        scale=scale,
+        key_mask=_key_mask(attn_mask, k.shape[0], s_k),
+        always_keep=_always_keep(attention_sink, s_k),
+        score="mean",
+        smooth_k=smooth_k,
+        layout=tensor_layout,
+        return_info=True,
+    )
+    return _finish(result, output_dtype, return_sparsity)
 
 
 def spas_sage2_attn_meansim_cuda(
@@ -106,8 +112,24 @@ def spas_sage2_attn_meansim_cuda(
     return_sparsity: bool = False,
 ):
     """Cumulative-mass block-sparse attention with the self-similarity judge; return_sparsity gives (out, 1 - density as a float)."""
-    return _meansim(q, k, v, attn_mask, dropout_p, is_causal, scale, smooth_k, simthreshd1, cdfthreshd, None, pvthreshd, attention_sink,
-                    tensor_layout, output_dtype, return_sparsity)  # fmt: skip
+    return spas_sage2_attn_meansim_topk_cuda(
+        q,
+        k,
+        v,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        smooth_k,
+        simthreshd1,
+        cdfthreshd,
+        None,
+        pvthreshd,
+        attention_sink,
+        tensor_layout,
+        output_dtype,
+        return_sparsity,
+    )
 
 
 spas_sage_attn_meansim_topk_cuda = spas_sage2_attn_meansim_topk_cuda

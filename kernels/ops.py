@@ -2,118 +2,127 @@
 
 The operator namespace is `sparge_` and eight hex digits of the sha1 of the package's own name, so that two copies of the package (ComfyUI loads
 the folder, a script imports the installed one) live in one process without touching each other.
+
+An operator takes tensors and plain values, so that `Rule` and `Call` are flattened before it and restored after it: `SCHEMA`, `pack` and `unpack`
+are made from the fields of the two, in their order. What q and k tell is left out; a field of a number or a tensor becomes two arguments.
 """
 
 from __future__ import annotations
 
 import hashlib
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
-from .backends import TABLE, choose
-from .block_mask import BLOCK_Q, num_blocks
-from .selection import Rule
+from .backends import TABLE
+from .block_mask import BLOCK_K, BLOCK_Q, KeptBlocks, num_blocks
+from .call import Call, Result, Rule
 
 NAMESPACE = "sparge_" + hashlib.sha1(__package__.encode()).hexdigest()[:8]
 
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One attention call without its tensors' contents: what a backend decides by and what it needs besides q, k, v.
-
-    The defaults describe a call that every backend takes as far as its own limits go, so that `Call(device)` asks for the device alone.
-    """
-
-    device: torch.device
-    backend: str = "auto"
-    scale: float = 1.0
-    causal: bool = False
-    causal_offset: int = 0
-    smooth_k: bool = True
-    pvthreshd: float | Tensor = 15.0
-    compensate: bool = False
-    want_lse: bool = False
-    keep_q: tuple[int, ...] = ()
-    keep_k: tuple[int, ...] = ()
-    perm: Tensor | None = None
-    masked: bool = False
-    dtype: torch.dtype = torch.float16
-    batch: int = 1
-    heads: int = 1
-    kv_heads: int = 1
-    s_q: int = 1
-    s_k: int = 1
-    dim: int = 64
-
-    @property
-    def forced(self) -> bool:
-        """Whether the caller named the backend."""
-        return self.backend != "auto"
-
-
-_RULE = "float? topk, float? cdf, float sim, str score, Tensor? topk_heads, Tensor? cdf_heads, Tensor? sim_heads"
-_COMMON = "Tensor? key_mask, bool causal, int causal_offset, float scale, bool smooth_k, int[] keep_q, int[] keep_k, Tensor? perm, str backend"
-_SCHEMAS = {
-    "select": f"select(Tensor q, Tensor k, {_RULE}, {_COMMON}) -> (Tensor, Tensor, Tensor)",
-    "attend": f"attend(Tensor q, Tensor k, Tensor v, Tensor? block_map, {_RULE}, float pvthreshd, Tensor? pv_heads, bool compensate, bool want_lse, "
-    f"{_COMMON}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+_TYPES = {
+    "float": "float {0}",
+    "float | Tensor": "float? {0}, Tensor? {0}_heads",
+    "float | Tensor | None": "float? {0}, Tensor? {0}_heads",
+    "Tensor | None": "Tensor? {0}",
+    "bool": "bool {0}",
+    "int": "int {0}",
+    "str": "str {0}",
+    "tuple[int, ...]": "int[] {0}",
 }
+"""A field's type -> its arguments."""
+
+_OF_RULE = {item.name: item.type for item in fields(Rule)}
+_OF_CALL = {item.name: item.type for item in fields(Call)[8:]}
+_NAMES = (*_OF_RULE, *_OF_CALL)
+_PER_HEAD = frozenset(name for name, kind in (_OF_RULE | _OF_CALL).items() if kind.startswith("float | Tensor"))
+SCHEMA = ", ".join(_TYPES[kind].format(name) for name, kind in (_OF_RULE | _OF_CALL).items())
 
 
-def _select(q, k, topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads, key_mask, causal, causal_offset, scale, smooth_k, keep_q, keep_k, perm,
-            backend):  # fmt: skip
-    call = _call(q, k, backend, scale, causal, causal_offset, smooth_k, 15.0, False, False, keep_q, keep_k, perm, key_mask)
-    with _as_given(q):
-        return TABLE[choose(call)].select(call, q, k, _rule(topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads), key_mask)
+def pack(call: Call, rule: Rule) -> list:
+    """The arguments of the operators that come after q, k and v."""
+    flat = []
+    for name in _NAMES:
+        value = getattr(rule if name in _OF_RULE else call, name)
+        if name in _PER_HEAD:
+            flat += (None, value) if isinstance(value, Tensor) else (value, None)
+        else:
+            flat.append(value)
+    return flat
 
 
-def _attend(q, k, v, block_map, topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads, pvthreshd, pv_heads, compensate, want_lse, key_mask, causal,
-            causal_offset, scale, smooth_k, keep_q, keep_k, perm, backend):  # fmt: skip
-    pv = pvthreshd if pv_heads is None else pv_heads
-    call = _call(q, k, backend, scale, causal, causal_offset, smooth_k, pv, compensate, want_lse, keep_q, keep_k, perm, key_mask)
-    rule = None if block_map is not None else _rule(topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads)
-    with _as_given(q):
-        return TABLE[choose(call)].run(call, q, k, v, rule, block_map, key_mask)
+def unpack(q: Tensor, k: Tensor, flat: tuple) -> tuple[Call, Rule]:
+    """What `pack` was given; an operator has its tuples as lists."""
+    values, rest = [], iter(flat)
+    for name in _NAMES:
+        value = next(rest)
+        if name in _PER_HEAD:
+            per_head = next(rest)
+            value = value if per_head is None else per_head
+        values.append(tuple(value) if isinstance(value, list) else value)
+    return Call.of(q, k, *values[len(_OF_RULE) :]), Rule(*values[: len(_OF_RULE)])
 
 
-def _as_given(q: Tensor):
+def select(call: Call, rule: Rule, q: Tensor, k: Tensor) -> KeptBlocks:
+    """The blocks that `rule` keeps."""
+    return KeptBlocks(*_select_operator(q, k, *pack(call, rule)), num_blocks(call.s_k, BLOCK_K))
+
+
+def attend(call: Call, rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> Result:
+    """Attention over the blocks that `rule` keeps."""
+    out, *rest = _attend_operator(q, k, v, *pack(call, rule))
+    lse = rest[0] if call.want_lse else None
+    if not call.want_info:
+        return Result(out, lse, None, None)
+    *kept, pv_tiles = rest[-4:]
+    return Result(out, lse, KeptBlocks(*kept, num_blocks(call.s_k, BLOCK_K)), pv_tiles)
+
+
+def _select(q: Tensor, k: Tensor, *flat) -> tuple[Tensor, Tensor, Tensor]:
+    call, rule = unpack(q, k, flat)
+    with _as_given(call):
+        kept = TABLE[call.backend].select(call, rule, q, k)
+    return kept.blocks, kept.counts, kept.visible
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *flat) -> list[Tensor]:
+    call, rule = unpack(q, k, flat)
+    with _as_given(call):
+        out, lse, kept, pv_tiles = TABLE[call.backend].run(call, rule, q, k, v)
+    result = [out]
+    if call.want_lse:
+        result.append(lse)
+    if call.want_info:
+        result += [kept.blocks, kept.counts, kept.visible, pv_tiles]
+    return result
+
+
+def _as_given(call: Call):
     """A context in which autocast leaves the backends' fp32 products alone."""
-    kind = q.device.type
+    kind = call.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _call(q, k, backend, scale, causal, causal_offset, smooth_k, pvthreshd, compensate, want_lse, keep_q, keep_k, perm, key_mask) -> Call:
-    batch, heads, s_q, dim = q.shape
-    return Call(q.device, backend, scale, causal, causal_offset, smooth_k, pvthreshd, compensate, want_lse, tuple(keep_q), tuple(keep_k), perm,
-                key_mask is not None, q.dtype, batch, heads, k.shape[1], s_q, k.shape[2], dim)  # fmt: skip
+def _select_fake(q: Tensor, k: Tensor, *flat) -> tuple[Tensor, ...]:
+    return _kept_fake(q, *unpack(q, k, flat))
 
 
-def _rule(topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads) -> Rule:
-    return Rule(*(plain if heads is None else heads for plain, heads in ((topk, topk_heads), (cdf, cdf_heads), (sim, sim_heads))), score)
+def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *flat) -> list[Tensor]:
+    call, rule = unpack(q, k, flat)
+    result = [torch.empty_like(q)]
+    if call.want_lse:
+        result.append(q.new_empty(q.shape[:3], dtype=torch.float32))
+    if call.want_info:
+        result += [*_kept_fake(q, call, rule), q.new_empty((call.batch, call.heads, 2), dtype=torch.int32)]
+    return result
 
 
-def _select_fake(q, k, topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads, key_mask, causal, causal_offset, scale, smooth_k, keep_q, keep_k,
-                 perm, backend):  # fmt: skip
-    call = _call(q, k, backend, scale, causal, causal_offset, smooth_k, 15.0, False, False, keep_q, keep_k, perm, key_mask)
-    return _maps_fake(q, call, _rule(topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads))
-
-
-def _attend_fake(q, k, v, block_map, topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads, pvthreshd, pv_heads, compensate, want_lse, key_mask,
-                 causal, causal_offset, scale, smooth_k, keep_q, keep_k, perm, backend):  # fmt: skip
-    call = _call(q, k, backend, scale, causal, causal_offset, smooth_k, pvthreshd, compensate, want_lse, keep_q, keep_k, perm, key_mask)
-    rule = None if block_map is not None else _rule(topk, cdf, sim, score, topk_heads, cdf_heads, sim_heads)
-    lse = q.new_empty(q.shape[:3] if want_lse else (0,), dtype=torch.float32)
-    return torch.empty_like(q), lse, *_maps_fake(q, call, rule), q.new_empty((call.batch, call.heads, 2), dtype=torch.int32)
-
-
-def _maps_fake(q: Tensor, call: Call, rule: Rule | None) -> tuple[Tensor, Tensor, Tensor]:
-    shape, dtype = TABLE[choose(call)].blocks_form(call, rule)
-    n_q = num_blocks(call.s_q, BLOCK_Q)
+def _kept_fake(q: Tensor, call: Call, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    form, n_q = TABLE[call.backend].blocks_form(call, rule), num_blocks(call.s_q, BLOCK_Q)
     counts = q.new_empty((call.batch, call.heads, n_q), dtype=torch.int32)
-    return q.new_empty(shape, dtype=dtype), counts, q.new_empty((call.batch, 1, n_q), dtype=torch.int32)
+    return q.new_empty(form.shape, dtype=form.dtype), counts, q.new_empty((call.batch, 1, n_q), dtype=torch.int32)
 
 
 def _register() -> None:
@@ -121,13 +130,16 @@ def _register() -> None:
     if hasattr(namespace, "attend"):
         return  # this package was imported before in this process; its operators are as good as ours
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    for name, real, fake in (("select", _select, _select_fake), ("attend", _attend, _attend_fake)):
-        library.define(_SCHEMAS[name])
+    for name, tensors, returns, real, fake in (
+        ("select", "Tensor q, Tensor k", "(Tensor, Tensor, Tensor)", _select, _select_fake),
+        ("attend", "Tensor q, Tensor k, Tensor v", "Tensor[]", _attend, _attend_fake),
+    ):
+        library.define(f"{name}({tensors}, {SCHEMA}) -> {returns}")
         library.impl(name, real, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     _attend.library = library  # the dispatcher holds the function, the function the library: it outlives a re-import of this module
 
 
 _register()
-select = getattr(torch.ops, NAMESPACE).select
-attend = getattr(torch.ops, NAMESPACE).attend
+_select_operator = getattr(torch.ops, NAMESPACE).select.default
+_attend_operator = getattr(torch.ops, NAMESPACE).attend.default

@@ -1,4 +1,4 @@
-"""Stage 1: which key blocks each query block keeps. Pure functions q, k -> bool map; nothing here is as large as S_q x S_k.
+"""Stage 1: which key blocks each query block keeps. Pure functions q, k -> block map; nothing here is as large as S_q x S_k.
 
 Blocks are scored from pooled q and k (mean, and mean of squares for the variance term), then the best ones are kept by count (`topk`), by
 predicted softmax mass (`cdf`), or by either. See `select` for the rules; the device code follows the same ones.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .block_mask import BLOCK_K, BLOCK_Q, num_blocks
+from .block_mask import BLOCK_K, BLOCK_Q, KeptBlocks, num_blocks
+from .call import Call, Rule
 from .quantize import key_centre
 
 POOL_Q = 32
@@ -22,19 +24,6 @@ MASKED_BIAS = -1e4
 """An additive mask value at or below this excludes the key."""
 _CHUNK_ELEMENTS = 1 << 20  # fp32 elements of q or k, or of the score map, that are worked on at a time at least
 _CHUNKS = 16  # and at most this share of q
-
-
-@dataclass(frozen=True, eq=False)
-class Rule:
-    """What to keep; each value is a number, or a per-head tensor (H,) of any dtype, which counts as fp32.
-
-    `topk` and `cdf` None = not used; both given: the union. `sim` < 0 = judge off.
-    """
-
-    topk: float | Tensor | None
-    cdf: float | Tensor | None
-    sim: float | Tensor
-    score: str = "subblock"
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,102 +64,82 @@ def masked_bias(dtype: torch.dtype) -> float:
     return torch.tensor(MASKED_BIAS, dtype=dtype, device="cpu").item()
 
 
-def visibility(
-    batch: int, s_q: int, s_k: int, *, causal: bool, causal_offset: int, keys: Keys | None, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """Which blocks any row may see, and which of them only partly because of the causal edge.
+class Visibility(NamedTuple):
+    """Which blocks a row may see.
 
-    Returns
-    -------
     visible : bool (B or 1, N_q or 1, N_k)
         False where every key is masked or lies behind the causal edge of the block's last row.
     partial : bool (N_q, N_k) or None
         Blocks that the causal edge cuts.
     """
-    n_q, n_k = num_blocks(s_q, BLOCK_Q), num_blocks(s_k, BLOCK_K)
+
+    visible: Tensor
+    partial: Tensor | None
+
+
+def visibility(call: Call, keys: Keys | None) -> Visibility:
+    """Which blocks any row of a call may see, and which of them only partly because of the causal edge; `keys` in plan order."""
+    n_q, n_k, device = num_blocks(call.s_q, BLOCK_Q), num_blocks(call.s_k, BLOCK_K), call.device
     visible = torch.ones(1, 1, n_k, dtype=torch.bool, device=device)
     if keys is not None:
         visible = _blocks(keys.valid, BLOCK_K).any(-1)[:, None]
-    if not causal:
-        return visible, None
+    if not call.causal:
+        return Visibility(visible, None)
     first_row = torch.arange(n_q, device=device)[:, None] * BLOCK_Q
-    last_row = (first_row + BLOCK_Q - 1).clamp_max(s_q - 1)
+    last_row = (first_row + BLOCK_Q - 1).clamp_max(call.s_q - 1)
     first_key = torch.arange(n_k, device=device)[None] * BLOCK_K
-    last_key = (first_key + BLOCK_K - 1).clamp_max(s_k - 1)
-    reachable = first_key <= last_row + causal_offset
-    return visible & reachable, reachable & (last_key > first_row + causal_offset)
+    last_key = (first_key + BLOCK_K - 1).clamp_max(call.s_k - 1)
+    reachable = first_key <= last_row + call.causal_offset
+    return Visibility(visible & reachable, reachable & (last_key > first_row + call.causal_offset))
 
 
-def select(
-    q: Tensor,
-    k: Tensor,
-    rule: Rule,
-    *,
-    scale: float,
-    causal: bool = False,
-    causal_offset: int = 0,
-    keys: Keys | None = None,
-    keep_q: tuple[int, ...] = (),
-    keep_k: tuple[int, ...] = (),
-    perm: Tensor | None = None,
-    smooth_k: bool = True,
-) -> tuple[Tensor, Tensor]:
+def select(call: Call, rule: Rule, q: Tensor, k: Tensor) -> KeptBlocks:
     """Chooses the key blocks of every query block.
+
+    Forced blocks (`keep_q`, `keep_k`, the causal edge, the judge) come on top of `topk`, which counts the visible unforced blocks of a row; for
+    `cdf` their mass counts towards the threshold.
 
     Parameters
     ----------
     q : (B, H, S_q, D); k : (B, H_kv, S_k, D)
         Any float dtype and strides, in the caller's order.
-    rule : Rule
-        Forced blocks (`keep_q`, `keep_k`, the causal edge, the judge) come on top of `topk`, which counts the visible unforced blocks of a
-        row; for `cdf` their mass counts towards the threshold.
-    scale : float
-        Softmax scale.
-    keys : Keys or None
-        Key mask, in the caller's order.
-    keep_q, keep_k : flat (start, end, start, end, ...)
-        Token ranges in the caller's order whose blocks attend to everything visible, or are kept by every row.
-    perm : int64 (S,) or None
-        Order plan: `perm[p]` is the caller's token at plan position p; the result is in plan order.
 
     Returns
     -------
-    kept : bool (B, H, N_q, N_k)
-    visible : int32 (B or 1, 1, N_q)
-        Visible blocks of each row; density = kept.sum / visible.sum.
+    KeptBlocks
+        A block map, in plan order.
     """
-    batch, heads, s_q, dim = q.shape
-    kv_heads, s_k = k.shape[1], k.shape[2]
-    group, device = heads // kv_heads, q.device
+    batch, heads, s_q, dim, s_k, device, perm = call.batch, call.heads, call.s_q, call.dim, call.s_k, call.device, call.perm
+    group = heads // call.kv_heads
     n_q, n_k = num_blocks(s_q, BLOCK_Q), num_blocks(s_k, BLOCK_K)
-    centre = key_centre(k, None if keys is None else keys.valid) if smooth_k else None
+    keys = Keys.from_mask(call.key_mask)
+    centre = key_centre(k, None if keys is None else keys.valid) if call.smooth_k else None
     plan_keys = None if keys is None else keys.on_plan(perm)
-    visible, partial = visibility(batch, s_q, s_k, causal=causal, causal_offset=causal_offset, keys=plan_keys, device=device)
+    visible, partial = visibility(call, plan_keys)
     visible = visible.expand(batch, n_q, n_k)
     forced = torch.zeros(n_q, n_k, dtype=torch.bool, device=device)
-    forced |= touched(keep_q, s_q, BLOCK_Q, perm, device)[:, None] | touched(keep_k, s_k, BLOCK_K, perm, device)[None]
+    forced |= touched(call.keep_q, s_q, BLOCK_Q, perm, device)[:, None] | touched(call.keep_k, s_k, BLOCK_K, perm, device)[None]
     if partial is not None:
         forced |= partial
-    log_count = _log_count(plan_keys, batch, s_k, n_q, causal, causal_offset, s_q, device)
+    log_count = _log_count(call, plan_keys)
 
     kept = torch.empty(batch, heads, n_q, n_k, dtype=torch.bool, device=device)
-    judge = isinstance(rule.sim, Tensor) or rule.sim > 0
     variance = rule.score == "subblock"
     pools = BLOCK_Q // POOL_Q if variance else 1
     per_head = max(s_q * dim * group, s_k * dim, pools * n_q * n_k * group)
     step = max(1, max(_CHUNK_ELEMENTS, heads * s_q * dim // _CHUNKS) // per_head)
     for b in range(batch):
         weight = None if plan_keys is None else plan_keys.weight[b]
-        for g in range(0, kv_heads, step):
+        for g in range(0, call.kv_heads, step):
             kv, hs = slice(g, g + step), slice(g * group, (g + step) * group)
-            k_pool = _pool(k[b, kv], perm, BLOCK_K, weight, None if centre is None else centre[b, kv], variance, judge)
-            q_pool = _pool(q[b, hs], perm, POOL_Q, None, None, False, judge)
-            scores = _scores(q_pool, k_pool, group, log_count[b], scale, rule.score, visible[b])
+            k_pool = _pool(_rows(k[b, kv], perm, None if centre is None else centre[b, kv]), BLOCK_K, weight, variance, rule.judged)
+            q_pool = _pool(_rows(q[b, hs], perm, None), POOL_Q, None, False, rule.judged)
+            scores = _scores(call, rule.score, q_pool, k_pool, log_count[b], visible[b])
             forced_here = (forced & visible[b]).expand_as(scores)
-            if judge:
+            if rule.judged:
                 forced_here = forced_here | _judged(q_pool, k_pool, group, _of_heads(rule.sim, hs), visible[b])
             kept[b, hs] = _choose(scores, forced_here, visible[b], rule, hs)
-    return kept, visible[:, None].sum(-1, dtype=torch.int32)
+    return KeptBlocks(kept, kept.sum(-1, dtype=torch.int32), visible[:, None].sum(-1, dtype=torch.int32), n_k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,11 +152,14 @@ class _Pool:
     unit: Tensor | None
 
 
-def _pool(x: Tensor, perm: Tensor | None, block: int, weight: Tensor | None, centre: Tensor | None, square: bool, unit: bool) -> _Pool:
-    """x (H, S, D) in the caller's order; weight (S,) in plan order. Rows past the end and rows of weight 0 count nowhere."""
+def _rows(x: Tensor, perm: Tensor | None, centre: Tensor | None) -> Tensor:
+    """x (H, S, D) less its centre, as fp32, in plan order."""
     x = (x if perm is None else x.index_select(-2, perm)).float()
-    if centre is not None:
-        x = x - centre
+    return x if centre is None else x - centre
+
+
+def _pool(x: Tensor, block: int, weight: Tensor | None, square: bool, unit: bool) -> _Pool:
+    """x fp32 (H, S, D) and weight (S,), in plan order. Rows past the end and rows of weight 0 count nowhere."""
     root = None
     if weight is None:
         total = _blocks(torch.ones(x.shape[-2], device=x.device), block).sum(-1)
@@ -244,19 +216,20 @@ def touch(found: Tensor, ranges: tuple[int, ...], block: int, perm: Tensor | Non
     torch.any(placed.view(-1, block), -1, out=found)
 
 
-def _log_count(keys: Keys | None, batch: int, s_k: int, n_q: int, causal: bool, offset: int, s_q: int, device: torch.device) -> Tensor:
+def _log_count(call: Call, keys: Keys | None) -> Tensor:
     """ln(n / 64) per (batch, query block or 1, key block), n = sum of exp(bias) over the keys that the block's last row may see."""
+    s_k, device = call.s_k, call.device
     weight = torch.ones(1, s_k, device=device) if keys is None else keys.weight
-    n_k = num_blocks(s_k, BLOCK_K)
-    if not causal:
+    n_q, n_k = num_blocks(call.s_q, BLOCK_Q), num_blocks(s_k, BLOCK_K)
+    if not call.causal:
         count = _blocks(weight, BLOCK_K).sum(-1)[:, None]
     else:
         running = torch.nn.functional.pad(weight.double().cumsum(-1), (1, 0))
-        edge = ((torch.arange(n_q, device=device) + 1) * BLOCK_Q).clamp_max(s_q) + offset
+        edge = ((torch.arange(n_q, device=device) + 1) * BLOCK_Q).clamp_max(call.s_q) + call.causal_offset
         start = torch.arange(n_k, device=device) * BLOCK_K
         end = torch.minimum((start + BLOCK_K)[None].clamp_max(s_k), edge[:, None].clamp(0, s_k))
         count = (running[:, end] - running[:, start][:, None]).clamp_min(0).float()
-    return (count / BLOCK_K).log().expand(batch, -1, -1)
+    return (count / BLOCK_K).log().expand(call.batch, -1, -1)
 
 
 def block_scores(q_mean: Tensor, k_mean: Tensor, k_square: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
@@ -277,13 +250,14 @@ def block_scores(q_mean: Tensor, k_mean: Tensor, k_square: Tensor | None, scale:
     return scores, 0.5 * scale * scale * (q_mean.square() @ variance.mT)
 
 
-def _scores(q: _Pool, k: _Pool, group: int, log_count: Tensor, scale: float, form: str, visible: Tensor) -> Tensor:
+def _scores(call: Call, form: str, q: _Pool, k: _Pool, log_count: Tensor, visible: Tensor) -> Tensor:
     """Rank values (H, N_q, N_k), larger is better: scaled scores ("mean") or averaged probabilities ("subblock")."""
+    group = call.heads // call.kv_heads
     k_mean = k.mean.repeat_interleave(group, 0)
     if form == "mean":
-        s, _ = block_scores(_full_blocks(q, q.mean), k_mean, None, scale)
+        s, _ = block_scores(_full_blocks(q, q.mean), k_mean, None, call.scale)
         return torch.where(visible, s + log_count, -math.inf)
-    s, half_variance = block_scores(q.mean, k_mean, k.square.repeat_interleave(group, 0), scale)
+    s, half_variance = block_scores(q.mean, k_mean, k.square.repeat_interleave(group, 0), call.scale)
     s = _blocks(s + half_variance.clamp_max(VARIANCE_CAP), BLOCK_Q // POOL_Q, -2) + log_count[:, None]
     s = torch.where(visible[:, None], s, -math.inf)
     used = _blocks((q.weight > 0).float(), BLOCK_Q // POOL_Q)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels import AttentionInfo, BlockMask, UnsupportedCall, block_sparse_attention, order, sparse_attention
 from ..kernels.backends import TABLE, choose
-from ..kernels.ops import Call
+from ..kernels.call import Kind
 
 __all__ = ["BACKEND_NAMES", "ORDER_KINDS", "AttentionInfo", "BlockMask", "Density", "attend", "backend_for", "backend_facts", "order_plan"]
 
@@ -42,7 +42,7 @@ def backend_for(device: torch.device | str, wanted: str, dim: int = 64, dtype: t
 
 @lru_cache(maxsize=64)
 def _chosen(device: torch.device, wanted: str, dim: int, dtype: torch.dtype, masked: bool) -> str:
-    return choose(Call(device, wanted, dim=dim, dtype=dtype, masked=masked))
+    return choose(Kind(device, wanted, dtype, dim, masked=masked))
 
 
 def backend_facts(name: str):

@@ -130,9 +130,9 @@ def _plain(func, *args, **kwargs):
 def _picture(run: Run, info: _kernels.AttentionInfo, decision: Sparse) -> Pooled | None:
     """The call's block map for the monitor, or None where there is no room for it: sampling goes on without."""
     try:
-        return Pooled(info.pooled(), info.counts.shape[-1], info.key_blocks, decision.place)
+        return Pooled(info.pooled(), info.kept.counts.shape[-1], info.kept.key_blocks, decision.place)
     except RuntimeError as error:
-        _check_device(info.counts)
+        _check_device(info.kept.counts)
         run.note = reasons.NO_PICTURE.format(error=type(error).__name__)
         return None
 

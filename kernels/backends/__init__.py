@@ -1,28 +1,54 @@
-"""The ordered table of backends. Each is a module with these functions, and the facts of `BackendStatus` as constants.
-
-why_not(call) -> str | None
-    None, or why it declines the `ops.Call`.
-status() -> (available, reason), self_test_devices() -> [(device, relative L2 error that quantisation may cost)]
-    What `report` and the self-test ask.
-blocks_form(call, rule) -> (shape, dtype)
-    Of the kept blocks that the next two return: a bool map (B, H, N_q, N_k), or int16 lists (B, H, N_q, capacity) of unsigned key block numbers.
-select(call, q, k, rule, key_mask) -> (blocks, counts, visible)
-    counts int32 (B, H, N_q): kept blocks of each row; visible int32 (B, 1, N_q).
-run(call, q, k, v, rule, block_map, key_mask) -> (out, lse, blocks, counts, visible, skips)
-    Selection by `rule`, or the visible part of `block_map` (the other one is None), and attention. lse fp32 (B, H, S_q), empty unless asked for;
-    skips int32 (B, H, 2): dropped tiles, and the tiles of kept blocks in all.
-"""
+"""The ordered table of backends, and which of them runs a call."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
+from torch import Tensor
+
+from ..block_mask import KeptBlocks
+from ..call import Availability, Call, Form, Kind, Result, Rule, SelfTest
 from ..errors import UnsupportedCall
 from . import cuda as cuda_backend
 from . import torch as torch_backend
 
-TABLE = {"cuda": cuda_backend, "torch": torch_backend}
-"""Name -> module, in the order in which `backend="auto"` asks them."""
+
+class Backend(Protocol):
+    """What a backend's module has.
+
+    Attributes
+    ----------
+    quantised : bool
+        Whether it works on 8-bit values (else it is exact).
+    skips_pv : bool
+        Whether it profits from `pvthreshd`.
+    """
+
+    quantised: bool
+    skips_pv: bool
+
+    def why_not(self, kind: Kind) -> str | None:
+        """None, or why it declines calls of a kind."""
+
+    def status(self) -> Availability:
+        """What `report` says of it."""
+
+    def self_test_devices(self) -> list[SelfTest]:
+        """Where the self-test runs it."""
+
+    def blocks_form(self, call: Call, rule: Rule) -> Form:
+        """Of the kept blocks that the next two return: either form of `KeptBlocks.blocks`."""
+
+    def select(self, call: Call, rule: Rule, q: Tensor, k: Tensor) -> KeptBlocks:
+        """The blocks that `rule` keeps; q (B, H, S_q, D) and k (B, H_kv, S_k, D) in the caller's order."""
+
+    def run(self, call: Call, rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> Result:
+        """Attention over the blocks that `rule` keeps; v is like k."""
+
+
+TABLE: dict[str, Backend] = {"cuda": cuda_backend, "torch": torch_backend}
+"""In the order in which `backend="auto"` asks them."""
 
 NAMES = ("auto", *TABLE)
 """What the argument `backend` may be. Exported as `sparge_kernels.BACKEND_NAMES`."""
@@ -74,21 +100,21 @@ class BackendChoice:
 
 def report() -> dict[str, BackendStatus]:
     """Every backend, whether it is available on this machine, and why not. Exported as `sparge_kernels.backends`."""
-    return {name: BackendStatus(*module.status(), module.quantised, module.skips_pv) for name, module in TABLE.items()}
+    return {name: BackendStatus(*backend.status(), backend.quantised, backend.skips_pv) for name, backend in TABLE.items()}
 
 
-def choose(call) -> str:
-    """The name of the first backend that takes `call` (an `ops.Call`), or the one it asks for.
+def choose(kind: Kind) -> str:
+    """The name of the first backend that takes calls of a kind, or the one they ask for.
 
     Raises
     ------
     UnsupportedCall
         With every backend's reason.
     """
-    names = tuple(TABLE) if call.backend == "auto" else (call.backend,)
     reasons = {}
-    for name in names:
-        reasons[name] = TABLE[name].why_not(call)
-        if reasons[name] is None:
+    for name in TABLE if kind.asked == "auto" else (kind.asked,):
+        reason = TABLE[name].why_not(kind)
+        if reason is None:
             return name
+        reasons[name] = reason
     raise UnsupportedCall(reasons)

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import math
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import compensation, selection
-from ..block_mask import BLOCK_K, BLOCK_Q, num_blocks
+from ..block_mask import BLOCK_K, BLOCK_Q, KeptBlocks, num_blocks
+from ..call import Availability, Call, Form, Kind, Result, Rule, SelfTest
 from ..quantize import key_centre
 
 quantised = False
@@ -27,107 +29,74 @@ _KEYS_A_CALL = 4096  # short rows are batched until a call attends to about this
 _ROWS_A_THREAD = 32  # PyTorch's CPU attention gives each thread this many query rows at this size
 
 
-def why_not(call) -> str | None:
+def why_not(kind: Kind) -> str | None:
     """None, or why the automatic choice passes this backend by."""
-    if call.device.type != "cpu" and not call.forced:
-        return f"not chosen by itself on {call.device.type} (a GPU gains nothing from it); backend='torch' runs it there"
+    if kind.device.type != "cpu" and kind.asked == "auto":
+        return f"not chosen by itself on {kind.device.type} (a GPU gains nothing from it); backend='torch' runs it there"
     return None
 
 
-def status() -> tuple[bool, str]:
+def status() -> Availability:
     """Available everywhere."""
-    return True, "any device; chosen by itself on the CPU only"
+    return Availability(True, "any device; chosen by itself on the CPU only")
 
 
-def self_test_devices() -> list[tuple[torch.device, float]]:
-    """Where a self-test runs this backend, and what quantisation may cost there: nothing."""
-    return [(torch.device("cpu"), 0.0)]
+def self_test_devices() -> list[SelfTest]:
+    """The CPU; nothing is quantised."""
+    return [SelfTest(torch.device("cpu"), 0.0)]
 
 
-def blocks_form(call, rule: selection.Rule | None) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of the block map that `select` and `run` return."""
-    return (call.batch, call.heads, num_blocks(call.s_q, BLOCK_Q), num_blocks(call.s_k, BLOCK_K)), torch.bool
+def blocks_form(call: Call, rule: Rule) -> Form:
+    """A block map, whatever the rule."""
+    return Form((call.batch, call.heads, num_blocks(call.s_q, BLOCK_Q), num_blocks(call.s_k, BLOCK_K)), torch.bool)
 
 
-def select(call, q: Tensor, k: Tensor, rule: selection.Rule, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The kept blocks as a bool map (B, H, N_q, N_k), how many those are (B, H, N_q), and the visible ones (B, 1, N_q); see `selection.select`."""
-    return _select(call, q, k, rule, selection.Keys.from_mask(key_mask))
+def select(call: Call, rule: Rule, q: Tensor, k: Tensor) -> KeptBlocks:
+    """The blocks that `rule` keeps; see `selection.select`."""
+    return selection.select(call, rule, q, k) if rule.block_map is None else _visible_part(call, rule.block_map)
 
 
-def run(call, q: Tensor, k: Tensor, v: Tensor, rule: selection.Rule | None, block_map: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor, ...]:
-    """Attention over the blocks that `rule` selects or `block_map` keeps; one of the two is given.
-
-    Parameters
-    ----------
-    call : ops.Call
-    q (B, H, S_q, D); k, v (B, H_kv, S_k, D)
-        In the caller's order.
-    block_map : bool (B|1, H|1, N_q, N_k) or None
-        In plan order; blocks outside what is visible are dropped.
-    key_mask : bool or additive float (B, S_k), or None
-
-    Returns
-    -------
-    out like q; lse fp32 (B, H, S_q), empty unless asked for; the three tensors of `select`; and int32 (B, H, 2), zero: this backend knows no
-    tiles.
-    """
-    keys = selection.Keys.from_mask(key_mask)
-    if block_map is None:
-        kept, counts, visible = _select(call, q, k, rule, keys)
-    else:
-        kept, counts, visible = _visible_part(call, q, k, block_map, keys)
-    bias = None
-    if key_mask is not None:
-        bias = torch.where(keys.valid, 0.0 if key_mask.dtype == torch.bool else key_mask.float() - keys.top[:, None], -math.inf)
-    out, lse = _attend(call, q, k, v, kept, keys, bias)
-    return out, lse, kept, counts, visible, torch.zeros(call.batch, call.heads, 2, dtype=torch.int32, device=q.device)
+def run(call: Call, rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> Result:
+    """Attention over the blocks that `rule` keeps; of tiles this backend knows nothing."""
+    kept = select(call, rule, q, k)
+    out, lse = _attend(call, kept.blocks, q, k, v)
+    return Result(out, lse, kept, torch.zeros(call.batch, call.heads, 2, dtype=torch.int32, device=q.device) if call.want_info else None)
 
 
-def _select(call, q: Tensor, k: Tensor, rule: selection.Rule, keys: selection.Keys | None) -> tuple[Tensor, Tensor, Tensor]:
-    kept, visible = selection.select(
-        q, k, rule, scale=call.scale, causal=call.causal, causal_offset=call.causal_offset, keys=keys, keep_q=call.keep_q, keep_k=call.keep_k,
-        perm=call.perm, smooth_k=call.smooth_k,
-    )  # fmt: skip
-    return kept, kept.sum(-1, dtype=torch.int32), visible
-
-
-def _visible_part(call, q: Tensor, k: Tensor, block_map: Tensor, keys: selection.Keys | None) -> tuple[Tensor, Tensor, Tensor]:
-    """A caller's block map (B|1, H|1, N_q, N_k) cut down to what is visible, for every head, its counts, and the visible blocks per row."""
-    keys = None if keys is None else keys.on_plan(call.perm)
-    visible, _ = selection.visibility(
-        call.batch, call.s_q, call.s_k, causal=call.causal, causal_offset=call.causal_offset, keys=keys, device=q.device
-    )
+def _visible_part(call: Call, block_map: Tensor) -> KeptBlocks:
+    """A caller's block map (B|1, H|1, N_q, N_k) cut down to what is visible, for every head."""
+    keys = selection.Keys.from_mask(call.key_mask)
+    visible, _ = selection.visibility(call, None if keys is None else keys.on_plan(call.perm))
     visible = visible.expand(call.batch, *block_map.shape[2:])[:, None]
     kept = (block_map & visible).expand(call.batch, call.heads, -1, -1).contiguous()
-    return kept, kept.sum(-1, dtype=torch.int32), visible.sum(-1, dtype=torch.int32)
+    return KeptBlocks(kept, kept.sum(-1, dtype=torch.int32), visible.sum(-1, dtype=torch.int32), block_map.shape[3])
 
 
-def _attend(call, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, keys: selection.Keys | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention over `kept` and its log-sum-exp (empty unless asked for).
-
-    The key mask comes as `Keys` and as additive fp32 (B, S_k) with -inf for masked keys, relative to `keys.top`.
-    """
-    batch, heads, s_q, dim = q.shape
-    s_k, group = k.shape[2], heads // k.shape[1]
+def _attend(call: Call, kept: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Attention over the block map `kept`, and its log-sum-exp where it is wanted."""
+    batch, heads, s_q, _ = q.shape
+    group, key_mask, perm = heads // k.shape[1], call.key_mask, call.perm
     want_lse = call.want_lse or call.compensate
-    plan_keys = None if keys is None else keys.on_plan(call.perm)
+    keys = selection.Keys.from_mask(key_mask)
+    plan_keys = bias = None
+    if keys is not None:
+        plan_keys = keys.on_plan(perm)
+        bias = torch.where(keys.valid, 0.0 if key_mask.dtype == torch.bool else key_mask.float() - keys.top[:, None], -math.inf)
     if call.compensate:
-        visible, partial = selection.visibility(
-            batch, s_q, s_k, causal=call.causal, causal_offset=call.causal_offset, keys=plan_keys, device=q.device
-        )
+        visible, partial = selection.visibility(call, plan_keys)
     out = torch.empty_like(q)
-    lse = torch.empty(batch, heads, s_q, dtype=torch.float32, device=q.device) if call.want_lse else q.new_empty(0, dtype=torch.float32)
+    lse = torch.empty(batch, heads, s_q, dtype=torch.float32, device=q.device) if call.want_lse else None
     buffers = {}
     centre = key_centre(k, None if keys is None else keys.valid) if call.compensate and call.smooth_k else None
     for b in range(batch):
-        head_bias = None if bias is None else _in_order(bias[b], call.perm)
+        head_bias = None if bias is None else _in_order(bias[b], perm)
         for h in range(heads):
             if h % group == 0:
-                k_head, v_head = (_in_order(x[b, h // group], call.perm).contiguous() for x in (k, v))
+                k_head, v_head = (_in_order(x[b, h // group], perm).contiguous() for x in (k, v))
                 if keys is not None:  # whatever masked rows hold (NaN too) must not leak through 0 * NaN
                     k_head, v_head = (torch.where(plan_keys.valid[b, :, None], x, 0) for x in (k_head, v_head))
                 blocks = _Gathered(k_head, v_head, head_bias, buffers)
-            q_head = _in_order(q[b, h], call.perm).contiguous()
+            q_head = _in_order(q[b, h], perm).contiguous()
             o, l = _attend_head(q_head, blocks, kept[b, h], call, want_lse)
             if call.compensate:
                 skipped = visible[b % visible.shape[0]] & ~kept[b, h]
@@ -135,17 +104,17 @@ def _attend(call, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, keys: selection
                     skipped = skipped & ~partial
                 weight = None if plan_keys is None else plan_keys.weight[b]
                 head_centre = None if centre is None else centre[b, h // group]
-                o, l = _compensate(q_head, k_head, v_head, o, l, skipped, weight, head_centre, call)
+                o, l = _compensate(call, _Skipped(q_head, k_head, v_head, skipped, weight, head_centre), o, l)
             if keys is not None and want_lse:
                 l = l + keys.top[b]
-            if call.perm is None:
+            if perm is None:
                 out[b, h] = o
                 if call.want_lse:
                     lse[b, h] = l
             else:
-                out[b, h].index_copy_(0, call.perm, o.to(out.dtype))
+                out[b, h].index_copy_(0, perm, o.to(out.dtype))
                 if call.want_lse:
-                    lse[b, h].index_copy_(0, call.perm, l)
+                    lse[b, h].index_copy_(0, perm, l)
     return out, lse
 
 
@@ -188,7 +157,7 @@ class _Gathered:
         return target.view(blocks.shape[0], -1, width)
 
 
-def _attend_head(q: Tensor, blocks: _Gathered, kept: Tensor, call, want_lse: bool) -> tuple[Tensor, Tensor | None]:
+def _attend_head(q: Tensor, blocks: _Gathered, kept: Tensor, call: Call, want_lse: bool) -> tuple[Tensor, Tensor | None]:
     """One head: q (S_q, D) in plan order, kept bool (N_q, N_k). Rows that keep nothing give zeros and lse = -inf."""
     s_q, s_k = q.shape[0], blocks.length
     n_q, n_k = kept.shape
@@ -269,11 +238,22 @@ def dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, wa
     return out, lse
 
 
-def _compensate(q, k, v, out, lse, skipped, weight, centre, call):
+class _Skipped(NamedTuple):
+    """One head in plan order and its skipped blocks, bool (N_q, N_k); the weight of its keys, and the centre of K, where there are such."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    blocks: Tensor
+    weight: Tensor | None
+    centre: Tensor | None
+
+
+def _compensate(call: Call, head: _Skipped, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Merges the pooled state, which is relative to the centred K, with lse of the true scores; both are relative to the largest key bias."""
-    centred = k.float() if centre is None else k.float() - centre
-    scale = call.scale
-    frame = 0.0 if centre is None else scale * (q.float() @ centre[0])
-    state = compensation.skipped_state(q[None], centred[None], v[None], weight, skipped[None], scale, shift=not call.causal)
+    q, scale = head.q, call.scale
+    centred = head.k.float() if head.centre is None else head.k.float() - head.centre
+    frame = 0.0 if head.centre is None else scale * (q.float() @ head.centre[0])
+    state = compensation.skipped_state(q[None], centred[None], head.v[None], head.weight, head.blocks[None], scale, shift=not call.causal)
     o, l = compensation.merge(out[None].float(), (lse - frame)[None], q[None], state, scale)
     return o[0].to(out.dtype), l[0] + frame

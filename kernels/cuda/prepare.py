@@ -9,24 +9,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..block_mask import BLOCK_K, BLOCK_Q, num_blocks
-from ..selection import Rule, masked_bias, touch
-from .workspace import Row
+from ..call import Call, Form, Rule
+from ..selection import masked_bias, touch
 
 View = Callable[[str], Tensor]
 
 
-def given(call, rule: Rule | None, block_map: Tensor | None, key_mask: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The caller's tensors of bools or of a number per head, by field of the structs: those that kernels can read where they lie, and the others."""
-    numbers = {"pv_heads": call.pvthreshd}
-    if rule is not None:
-        numbers |= {"topk_heads": rule.topk, "cdf_heads": rule.cdf, "sim_heads": rule.sim}
+class Inputs(NamedTuple):
+    """q, k and v of a call; without v, a selection alone."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+
+
+class Given(NamedTuple):
+    """The caller's tensors of bools or of a number per head, by field of the structs: what kernels read where it lies, and what they read copied."""
+
+    readable: dict[str, Tensor]
+    copied: dict[str, Tensor]
+
+
+def given(call: Call, rule: Rule) -> Given:
+    """What of a call's tensors the kernels can read as they lie."""
+    numbers = {"pv_heads": call.pvthreshd, "topk_heads": rule.topk, "cdf_heads": rule.cdf, "sim_heads": rule.sim}
     found = {name: value for name, value in numbers.items() if isinstance(value, Tensor)}
     readable = {name: x for name, x in found.items() if x.dtype == torch.float32 and x.is_contiguous()}
+    block_map, key_mask = rule.block_map, call.key_mask
     if block_map is not None:
         found["block_map"] = block_map
         if block_map.stride()[2:] == (block_map.shape[3], 1):  # over batch and heads any strides do
@@ -35,37 +50,50 @@ def given(call, rule: Rule | None, block_map: Tensor | None, key_mask: Tensor | 
         found["key_valid"] = key_mask
         if key_mask.is_contiguous():
             readable["key_valid"] = key_mask
-    return readable, {name: x for name, x in found.items() if name not in readable}
+    return Given(readable, {name: x for name, x in found.items() if name not in readable})
 
 
-def buffers(call, unreadable: dict[str, Tensor], key_mask: Tensor | None) -> tuple[Row, ...]:
+def buffers(call: Call, copied: dict[str, Tensor]) -> dict[str, Form]:
     """The buffers for what the kernels read in another form than the caller's: copies, the key bias, the forced blocks."""
-    rows = [(name, tuple(x.shape), "bool" if name in ("block_map", "key_valid") else "float32") for name, x in unreadable.items()]
-    if key_mask is not None and key_mask.dtype != torch.bool:
+    wanted = {name: Form(tuple(x.shape), torch.bool if name in ("block_map", "key_valid") else torch.float32) for name, x in copied.items()}
+    if _biased(call):
         shape = (call.batch, call.s_k)
-        rows += [("key_bias", shape, "float32"), ("hidden", shape, "bool"), ("top", shape[:1], "float32")]
-    rows += [(name, (num_blocks(length, block),), "bool") for name, _, length, block in _forced(call)]
-    if call.perm is not None and (call.keep_q or call.keep_k):
-        rows += [("tokens", (call.s_q,), "bool"), ("tokens_in_order", (num_blocks(call.s_q, BLOCK_Q) * BLOCK_Q,), "bool")]
-    return tuple(rows)
+        wanted |= {"key_bias": Form(shape, torch.float32), "hidden": Form(shape, torch.bool), "top": Form(shape[:1], torch.float32)}
+    forced = {name: Form((num_blocks(length, block),), torch.bool) for name, _, length, block in _forced(call)}
+    if forced and call.perm is not None:
+        forced |= {"tokens": Form((call.s_q,), torch.bool), "tokens_in_order": Form((num_blocks(call.s_q, BLOCK_Q) * BLOCK_Q,), torch.bool)}
+    return wanted | forced
 
 
-def fill(call, unreadable: dict[str, Tensor], key_mask: Tensor | None, view: View) -> None:
+def fill(call: Call, copied: dict[str, Tensor], view: View) -> None:
     """Writes what `buffers` asks for."""
-    for name, x in unreadable.items():
+    for name, x in copied.items():
         view(name).copy_(x)
-    if key_mask is not None and key_mask.dtype != torch.bool:
-        _key_bias(key_mask, view)
+    if _biased(call):
+        _key_bias(call.key_mask, view)
     for name, ranges, _, block in _forced(call):
         tokens, placed = (None, None) if call.perm is None else (view("tokens"), view("tokens_in_order"))
         touch(view(name), ranges, block, call.perm, tokens, placed)
 
 
-def _forced(call) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
+def _biased(call: Call) -> bool:
+    return call.key_mask is not None and call.key_mask.dtype != torch.bool
+
+
+class _Forced(NamedTuple):
+    """Token ranges that force blocks: the field that says which, the ranges, and what they are ranges of."""
+
+    name: str
+    ranges: tuple[int, ...]
+    length: int
+    block: int
+
+
+def _forced(call: Call) -> Iterator[_Forced]:
     if call.keep_q:
-        yield "forced_q", call.keep_q, call.s_q, BLOCK_Q
+        yield _Forced("forced_q", call.keep_q, call.s_q, BLOCK_Q)
     if call.keep_k:
-        yield "forced_k", call.keep_k, call.s_k, BLOCK_K
+        yield _Forced("forced_k", call.keep_k, call.s_k, BLOCK_K)
 
 
 def _key_bias(key_mask: Tensor, view: View) -> None:
@@ -78,14 +106,15 @@ def _key_bias(key_mask: Tensor, view: View) -> None:
     bias.sub_(top.nan_to_num_(0.0, math.inf, 0.0)[:, None])
 
 
-def row_shift(call, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, view: View) -> None:
+def row_shift(call: Call, inputs: Inputs, view: View) -> None:
     """Writes scale * C q per row into `row_shift`, with C the mean covariance of v and k inside the key blocks (see compensation.py).
 
     It comes after the selection, which is the last to read `v_mean` and `key_bias`: both are changed here.
     """
+    q, k, v = inputs
     dim, group, kv_heads = call.dim, call.heads // call.kv_heads, call.kv_heads
     centre = _centre(view) if call.smooth_k else None
-    hidden, weight = (None, None) if key_mask is None else _hidden_keys(key_mask, view)
+    hidden, weight = (None, None) if call.key_mask is None else _hidden_keys(call.key_mask, view)
     scale = _scale_by_weight(call, view)
     v_mean = view("v_mean").mul_(view("k_weight")[:, None, :, None]).flatten(0, 1)
     k_mean, k_pool_scale = view("k_mean").flatten(0, 1), view("k_pool_scale").flatten(0, 1)
@@ -125,7 +154,7 @@ def _centre(view: View) -> Tensor:
     return torch.sum(view("k_sum"), 2, out=view("shift_centre")).div_(count.clamp_min_(1))
 
 
-def _scale_by_weight(call, view: View) -> Tensor:
+def _scale_by_weight(call: Call, view: View) -> Tensor:
     """The softmax scale over the weight of all keys, fp32 (B * H_kv,)."""
     weight = torch.sum(view("k_weight"), 1, keepdim=True, out=view("shift_weight"))
     return view("shift_scale").copy_(weight.clamp_min_(1e-30).reciprocal_().mul_(call.scale)).flatten()
@@ -139,8 +168,16 @@ def _hidden_keys(key_mask: Tensor, view: View) -> tuple[Tensor, Tensor | None]:
     return torch.gt(weight, 0, out=view("hidden")).logical_not_(), weight
 
 
-def _pieces(part: slice, kv_heads: int) -> Iterator[tuple[int, slice, slice]]:
-    """A range of the kv heads of all batch elements, cut at these: (batch element, its heads, where they lie in the range)."""
+class _Piece(NamedTuple):
+    """A batch element, some of its kv heads, and where these lie in a range of the kv heads of all batch elements."""
+
+    batch: int
+    heads: slice
+    here: slice
+
+
+def _pieces(part: slice, kv_heads: int) -> Iterator[_Piece]:
+    """A range of the kv heads of all batch elements, cut at these."""
     for b in range(part.start // kv_heads, (part.stop - 1) // kv_heads + 1):
         first, last = max(part.start, b * kv_heads), min(part.stop, (b + 1) * kv_heads)
-        yield b, slice(first - b * kv_heads, last - b * kv_heads), slice(first - part.start, last - part.start)
+        yield _Piece(b, slice(first - b * kv_heads, last - b * kv_heads), slice(first - part.start, last - part.start))

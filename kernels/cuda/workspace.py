@@ -5,12 +5,17 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from .. import config
 from ..block_mask import BLOCK_K, BLOCK_Q, num_blocks
-from .params import SYMBOLS
+from ..call import Call, Form, Rule
+from . import prepare
+from .params import FIELDS, SYMBOLS
 
 ALIGNMENT = 256
 """Bytes between possible starts of buffers."""
@@ -22,179 +27,304 @@ SCRATCH_ROWS = 64
 """Score rows of one selection task: four pools for each of its query blocks."""
 CHUNK_ELEMENTS = 1 << 26
 """fp32 elements of k, v or q that compensation converts at a time, or those of one kv head's."""
+MOST_BLOCKS = 1 << 16
+"""What 16 bits can name."""
 
-Row = tuple[str, tuple[int, ...], str]
-"""A buffer: name (the field of the structs that points to it, if one does), shape, torch dtype name."""
 
+class Target(NamedTuple):
+    """What a call runs on: multiprocessors, how P and V are held, its binaries, and whether the attention kernel is persistent."""
 
-class Problem(NamedTuple):
-    """All that the geometry of a call depends on; the letters are those of src/layout.cuh.
-
-    Strides are in elements. `judged`, `compensate`, `want_lse` and `masked` ask for buffers of their own; so does `drawn`: attention's blocks draw
-    their items from a counter, and `sequenced`: those of a head by the length of their lists. `processors`: multiprocessors.
-    """
-
-    batch: int
-    heads: int
-    kv_heads: int
-    s_q: int
-    s_k: int
-    dim: int
-    dtype: str
-    pv: str
-    capacity: int
-    q_stride: tuple[int, ...]
-    k_stride: tuple[int, ...]
-    v_stride: tuple[int, ...]
-    causal: bool
-    causal_offset: int
-    subblock: bool
-    smooth_k: bool
-    judged: bool
-    compensate: bool
-    want_lse: bool
-    masked: bool
-    drawn: bool
-    sequenced: bool
     processors: int
+    pv: str
+    prepass: config.Variant
+    selection: config.Variant
+    attention: config.Variant
+    persistent: bool
+
+    @property
+    def binaries(self) -> tuple[config.Variant, ...]:
+        """All of them."""
+        return self.prepass, self.selection, self.attention
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What follows from a `Problem`.
+class Buffer(NamedTuple):
+    """Where a buffer lies in the workspace, in bytes from its start, and what it is like."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Launch(NamedTuple):
+    """One kernel of a call: its binary, its CTAs, and bytes of dynamic shared memory."""
+
+    symbol: str
+    variant: config.Variant
+    grid: int
+    shared: int
+
+
+@dataclass(frozen=True, eq=False)
+class Workspace:
+    """The one buffer of a call, everything in it, and the launches that work on it; the same for all calls of one `key`.
 
     Attributes
     ----------
     nbytes : int
-        Of the workspace.
     buffers : dict
-        Name (a field of the structs) -> (offset in the workspace, shape, torch dtype name).
-    grids : dict
-        Kernel -> blocks.
-    select_shared : int
-        Bytes of shared memory of the selection.
+        By the field of the structs that points to it, if one does.
+    results : dict
+        What the call returns beside the output, by field too: it lies outside.
+    outside : tuple of str
+        The fields that point to the caller's tensors and to results.
+    copied : tuple of str
+        Those of the caller's tensors that have a copy in `buffers`.
+    launches : tuple of Launch
+        In their order.
     splits : int
         Parts of the keys that the statistics are taken over.
     """
 
     nbytes: int
-    buffers: dict[str, tuple[int, tuple[int, ...], str]]
-    grids: dict[str, int]
-    select_shared: int
+    buffers: dict[str, Buffer]
+    results: dict[str, Form]
+    outside: tuple[str, ...]
+    copied: tuple[str, ...]
+    launches: tuple[Launch, ...]
     splits: int
-    _templates: dict[str, bytes]
-    _inside: dict[str, tuple[tuple[str, int], ...]]
+    _structs: _Structs
 
-    def params(self, symbol: str, base: int) -> ctypes.Structure:
-        """The struct of a kernel with everything set but what lies outside of the workspace (which starts at address `base`)."""
-        filled = SYMBOLS[symbol].from_buffer_copy(self._templates[symbol])
-        for name, offset in self._inside[symbol]:
-            setattr(filled, name, base + offset)
-        return filled
+    def view(self, space: Tensor, name: str) -> Tensor:
+        """A buffer of the workspace `space`, uint8 (nbytes,)."""
+        buffer = self.buffers[name]
+        return space[buffer.offset : buffer.offset + buffer.nbytes].view(buffer.dtype).view(buffer.shape)
+
+    def structs(self, base: int, addresses: list[int]) -> list[ctypes.Structure]:
+        """The structs of the launches with all but their numbers, for a workspace at address `base` and the addresses of `outside`."""
+        words = np.array([0, base, *addresses], np.uint64).take(self._structs.added)
+        words += self._structs.words
+        return [SYMBOLS[launch.symbol].from_buffer(words, start) for launch, start in zip(self.launches, self._structs.starts, strict=True)]
 
 
-def capacity(s_k: int, *, topk: float | None, only_topk: bool, causal: bool, keep_q: tuple[int, ...], keep_k: tuple[int, ...], ordered: bool) -> int:
+class _Structs(NamedTuple):
+    """The structs of a call one after the other, as 8-byte words.
+
+    `words` holds the sizes, and where an address belongs the bytes from the start of the buffer; `added` says for each word whose address is to be
+    added: 0 none, 1 the workspace's, from 2 on those of `Workspace.outside`. `starts`: where each struct begins, in bytes.
+    """
+
+    words: np.ndarray
+    added: np.ndarray
+    starts: tuple[int, ...]
+
+
+def key(call: Call, rule: Rule, inputs: prepare.Inputs) -> tuple:
+    """What `carve` depends on beside its target: all of a call, but of tensors only how they lie, and of numbers only what follows from them."""
+    fields = [
+        (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else float if isinstance(x, float) else x
+        for x in (*vars(call).values(), *vars(rule).values())
+    ]
+    q, k, v = inputs
+    return capacity(call, rule), rule.judged, q.stride(), k.stride(), None if v is None else v.stride(), *fields
+
+
+def capacity(call: Call, rule: Rule) -> int:
     """Key blocks that a row's list must have room for.
 
-    `topk` alone, as one number, bounds what a row keeps (`only_topk`); the judge, a cumulative threshold, causal edges and rows that attend to
-    everything do not. Where an order scatters the tokens of `keep_k`, each may lie in a block of its own.
+    `topk` alone, as one number, bounds what a row keeps; the judge, a cumulative threshold, causal edges and rows that attend to everything do not.
+    Where an order scatters the tokens of `keep_k`, each may lie in a block of its own.
     """
-    n_k = num_blocks(s_k, BLOCK_K)
-    if not only_topk or causal or any(end > start for start, end in zip(keep_q[::2], keep_q[1::2], strict=True)):
+    n_k, share = num_blocks(call.s_k, BLOCK_K), rule.share
+    if share is None or call.causal or any(end > start for start, end in zip(call.keep_q[::2], call.keep_q[1::2], strict=True)):
         return n_k
     forced = 0
-    for start, end in zip(keep_k[::2], keep_k[1::2], strict=True):
+    for start, end in zip(call.keep_k[::2], call.keep_k[1::2], strict=True):
         if end > start:
-            forced += end - start if ordered else num_blocks(end, BLOCK_K) - start // BLOCK_K
+            forced += end - start if call.perm is not None else num_blocks(end, BLOCK_K) - start // BLOCK_K
     # A little more than the exact number, which the device rounds in fp32; whole numbers, which torch.compile can reason about.
-    return min(n_k, math.ceil(topk * 65536) * n_k // 65536 + 2 + forced)
+    return min(n_k, math.ceil(share * 65536) * n_k // 65536 + 2 + forced)
 
 
-@lru_cache(maxsize=256)
-def plan(problem: Problem, more: tuple[Row, ...] = ()) -> Layout:
-    """Cuts the work and carves the workspace; `more`: buffers that hang on how the caller's tensors lie (see prepare.py)."""
-    p = problem
-    width = config.padded_dim(p.dim)
-    n_q, n_k = num_blocks(p.s_q, BLOCK_Q), num_blocks(p.s_k, BLOCK_K)
-    pools = BLOCK_Q // 32
-    splits, split_length = _splits(p.s_k, p.batch * p.kv_heads, p.processors)
-    tasks = p.batch * p.heads * num_blocks(n_q, TASK_BLOCKS)
-    slots = min(tasks, 2 * p.processors)
-    shared, in_shared = config.select_shared(width, n_k)
+class _Cut(NamedTuple):
+    """How the work of a call is cut."""
 
-    q, kv = (p.batch, p.heads), (p.batch, p.kv_heads)
-    wanted = {
-        "k_sum": ((*kv, splits, width), "float32"), "k_count": ((*kv, splits), "float32"), "v_absmax": ((*kv, splits, width), "int32"),
-        "q8": ((*q, n_q * BLOCK_Q, width), "int8"), "q_scale": ((*q, n_q * BLOCK_Q), "float32"),
-        "k8": ((*kv, n_k * BLOCK_K, width), "int8"), "k_scale": ((*kv, n_k), "float32"),
-        "v8": ((*kv, n_k, width, BLOCK_K), "float16" if p.pv == "fp16" else "int8"), "v_scale": ((*kv, width), "float32"),
-        "q_mean": ((*q, n_q * pools, 2, width), "float16"), "q_square": ((*q, n_q * pools, 2, width), "float16"),
-        "q_pool_scale": ((*q, n_q * pools, 2), "float32"),
-        "k_mean": ((*kv, n_k, 2, width), "float16"), "k_variance": ((*kv, n_k, 2, width), "float16"), "k_pool_scale": ((*kv, n_k, 2), "float32"),
-        "k_weight": ((p.batch, n_k), "float32"),
-        "scratch": ((slots, SCRATCH_ROWS, n_k), "float32"),
-    }  # fmt: skip
-    if p.masked:
-        wanted["bias2"] = ((p.batch, n_k * BLOCK_K), "float32")
-    if p.judged:
-        wanted["q_sim"], wanted["k_sim"] = ((*q, n_q), "float32"), ((*kv, n_k), "float32")
-    if p.compensate:
-        wanted["v_mean"], wanted["state"] = ((*kv, n_k, width), "float32"), ((*q, n_q, 4 + width), "float32")
-    if p.compensate and not p.causal:
-        wanted |= _row_shift(p, width, n_k)
-    if p.want_lse:
-        wanted["lse_shift"] = ((*q, p.s_q), "float32")
-    if p.drawn:
-        wanted["counter"] = ((1,), "int32")
-    if p.sequenced:
-        wanted["sequence"] = ((*q, n_q), "int16")
-    wanted |= {name: (shape, dtype) for name, shape, dtype in more}
+    width: int
+    n_q: int
+    n_k: int
+    capacity: int
+    splits: int
+    split_length: int
+    tasks: int
+    attends: bool
+    persistent: bool
+    sorted: bool
+
+
+def _cut(call: Call, rule: Rule, target: Target, attends: bool) -> _Cut:
+    n_q = num_blocks(call.s_q, BLOCK_Q)
+    # A share of the blocks that is the same for all rows gives lists of one length, but for rows that keep everything: nothing to gain by sorting.
+    vary = rule.block_map is not None or rule.cdf is not None or rule.judged
+    persistent = attends and target.persistent
+    return _Cut(
+        config.padded_dim(call.dim),
+        n_q,
+        num_blocks(call.s_k, BLOCK_K),
+        capacity(call, rule),
+        *_splits(call.s_k, call.batch * call.kv_heads, target.processors),
+        min(call.batch * call.heads * num_blocks(n_q, TASK_BLOCKS), 2 * target.processors),
+        attends,
+        persistent,
+        persistent and vary and 1 < n_q <= MOST_BLOCKS,
+    )
+
+
+def carve(call: Call, rule: Rule, inputs: prepare.Inputs, target: Target) -> Workspace:
+    """Cuts the work and carves the workspace."""
+    cut = _cut(call, rule, target, inputs.v is not None)
+    given = prepare.given(call, rule)
+    found = _found(call, cut)
+    returned = ("lists", "counts", "visible") if not cut.attends else tuple(found) if call.want_info else ()
+    results = {name: found[name] for name in returned}
+    wanted = _between(call, rule, cut, target.pv) | {name: form for name, form in found.items() if name not in results}
+    if call.want_lse and cut.attends:
+        results["lse"] = Form((call.batch, call.heads, call.s_q), torch.float32)
     buffers, end = {}, 0
-    for name, (shape, dtype) in wanted.items():
-        buffers[name] = (end, shape, dtype)
-        end += -(-math.prod(shape) * _BYTES[dtype] // ALIGNMENT) * ALIGNMENT
+    for name, form in (wanted | prepare.buffers(call, given.copied)).items():
+        buffers[name] = Buffer(end, *form)
+        end += -(-buffers[name].nbytes // ALIGNMENT) * ALIGNMENT
 
-    sizes = dict(
-        batch=p.batch, heads=p.heads, kv_heads=p.kv_heads, s_q=p.s_q, s_k=p.s_k, dim=p.dim, splits=splits, split_length=split_length,
-        capacity=p.capacity, smooth_k=int(p.smooth_k), hadamard=0, pv=config.PV.index(p.pv), subblock=int(p.subblock), causal=int(p.causal),
-        causal_offset=max(-p.s_q, min(p.causal_offset, p.s_k)),  # beyond these ends nothing changes, and the struct has 32 bits
-        row_in_shared=int(in_shared), shift=int(p.compensate and not p.causal), scratch_stride=n_k, out_type=config.DTYPES.index(p.dtype),
-        q_stride=p.q_stride[:3], k_stride=p.k_stride[:3], v_stride=p.v_stride[:3],
-    )  # fmt: skip
-    templates, inside = {}, {}
-    for symbol, struct in SYMBOLS.items():
-        names = [name for name, _ in struct._fields_]
-        templates[symbol] = bytes(struct(**{name: value for name, value in sizes.items() if name in names}))
-        inside[symbol] = tuple((name, buffers[name][0]) for name in names if name in buffers)
-    items = p.batch * p.heads * n_q
-    grids = {
-        "sparge_statistics": p.batch * p.kv_heads * splits, "sparge_prepass": p.batch * (p.heads * n_q + p.kv_heads * n_k),
-        "sparge_select": slots, "sparge_sequence": p.batch * p.heads, "sparge_attention_mma": items,
-        "sparge_attention_sm90": min(p.processors, items),
-    }  # fmt: skip
-    return Layout(end, buffers, grids, shared, splits, templates, inside)
+    outside = ("q", "k", "v", *(("out",) if cut.attends else ()), *given.readable, *(("perm",) if call.perm is not None else ()), *results)
+    shared, in_shared = config.select_shared(cut.width, cut.n_k)
+    launches = _launches(call, cut, target, shared)
+    values = _sizes(call, rule, cut, target.pv) | _strides(rule, inputs, given) | {"row_in_shared": int(in_shared)}
+    structs = _structs(launches, values, {name: buffer.offset for name, buffer in buffers.items()}, outside)
+    return Workspace(end, buffers, results, outside, tuple(given.copied), launches, cut.splits, structs)
 
 
-_BYTES = {"bool": 1, "int8": 1, "int16": 2, "float16": 2, "float32": 4, "int32": 4}
+def _found(call: Call, cut: _Cut) -> dict[str, Form]:
+    """What the selection and the attention report: the lists of kept blocks, their lengths, the visible blocks and the tiles."""
+    rows = (call.batch, call.heads, cut.n_q)
+    return {
+        "lists": Form((*rows, cut.capacity), torch.int16),
+        "counts": Form(rows, torch.int32),
+        "visible": Form((call.batch, 1, cut.n_q), torch.int32),
+        "skips": Form((call.batch, call.heads, 2), torch.int32),
+    }
 
 
-def _row_shift(p: Problem, width: int, n_k: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """What prepare.row_shift works in: as many kv heads at a time, of whichever batch element, as CHUNK_ELEMENTS admits."""
-    kv_heads, group = p.batch * p.kv_heads, p.heads // p.kv_heads
-    longest = max(p.s_k, p.s_q * group)
-    at_once = min(kv_heads, max(1, CHUNK_ELEMENTS // (longest * p.dim)))
+def _between(call: Call, rule: Rule, cut: _Cut, pv: str) -> dict[str, Form]:
+    """What the kernels hand to each other."""
+    n_q, n_k, width, pools = cut.n_q, cut.n_k, cut.width, BLOCK_Q // 32
+    q, kv = (call.batch, call.heads), (call.batch, call.kv_heads)
     wanted = {
-        "row_shift": ((p.batch, p.heads, p.s_q, p.dim), "float32"),
-        "shift_weight": ((p.batch, 1), "float32"), "shift_scale": ((p.batch, p.kv_heads), "float32"),
-        "shift_rows": ((at_once * longest * p.dim,), "float32"), "shift_values": ((at_once, p.s_k, p.dim), "float32"),
-        "shift_pools": ((2, at_once, n_k, width), "float32"),
-        "covariance": ((at_once, p.dim, p.dim), "float32"), "covariance_of_head": ((at_once * group, p.dim, p.dim), "float32"),
+        "k_sum": Form((*kv, cut.splits, width), torch.float32), "k_count": Form((*kv, cut.splits), torch.float32),
+        "v_absmax": Form((*kv, cut.splits, width), torch.int32),
+        "q8": Form((*q, n_q * BLOCK_Q, width), torch.int8), "q_scale": Form((*q, n_q * BLOCK_Q), torch.float32),
+        "k8": Form((*kv, n_k * BLOCK_K, width), torch.int8), "k_scale": Form((*kv, n_k), torch.float32),
+        "v8": Form((*kv, n_k, width, BLOCK_K), torch.float16 if pv == "fp16" else torch.int8), "v_scale": Form((*kv, width), torch.float32),
+        "q_mean": Form((*q, n_q * pools, 2, width), torch.float16), "q_square": Form((*q, n_q * pools, 2, width), torch.float16),
+        "q_pool_scale": Form((*q, n_q * pools, 2), torch.float32),
+        "k_mean": Form((*kv, n_k, 2, width), torch.float16), "k_variance": Form((*kv, n_k, 2, width), torch.float16),
+        "k_pool_scale": Form((*kv, n_k, 2), torch.float32), "k_weight": Form((call.batch, n_k), torch.float32),
+        "scratch": Form((cut.tasks, SCRATCH_ROWS, n_k), torch.float32),
     }  # fmt: skip
-    if p.smooth_k:
-        wanted["shift_centre"], wanted["shift_count"] = ((p.batch, p.kv_heads, width), "float32"), ((p.batch, p.kv_heads, 1), "float32")
-    if p.masked:
-        wanted["hidden"] = ((p.batch, p.s_k), "bool")
+    if call.key_mask is not None:
+        wanted["bias2"] = Form((call.batch, n_k * BLOCK_K), torch.float32)
+    if rule.judged:
+        wanted |= {"q_sim": Form((*q, n_q), torch.float32), "k_sim": Form((*kv, n_k), torch.float32)}
+    if call.compensate:
+        wanted |= {"v_mean": Form((*kv, n_k, width), torch.float32), "state": Form((*q, n_q, 4 + width), torch.float32)}
+    if call.compensate and not call.causal:
+        wanted |= _row_shift(call, width, n_k)
+    if call.want_lse:
+        wanted["lse_shift"] = Form((*q, call.s_q), torch.float32)
+    if cut.persistent:
+        wanted["counter"] = Form((1,), torch.int32)
+    if cut.sorted:
+        wanted["sequence"] = Form((*q, n_q), torch.int16)
     return wanted
+
+
+def _row_shift(call: Call, width: int, n_k: int) -> dict[str, Form]:
+    """What prepare.row_shift works in: as many kv heads at a time, of whichever batch element, as CHUNK_ELEMENTS admits."""
+    kv_heads, group = call.batch * call.kv_heads, call.heads // call.kv_heads
+    longest = max(call.s_k, call.s_q * group)
+    at_once = min(kv_heads, max(1, CHUNK_ELEMENTS // (longest * call.dim)))
+    shapes = {
+        "row_shift": (call.batch, call.heads, call.s_q, call.dim), "shift_weight": (call.batch, 1), "shift_scale": (call.batch, call.kv_heads),
+        "shift_rows": (at_once * longest * call.dim,), "shift_values": (at_once, call.s_k, call.dim), "shift_pools": (2, at_once, n_k, width),
+        "covariance": (at_once, call.dim, call.dim), "covariance_of_head": (at_once * group, call.dim, call.dim),
+    }  # fmt: skip
+    if call.smooth_k:
+        shapes |= {"shift_centre": (call.batch, call.kv_heads, width), "shift_count": (call.batch, call.kv_heads, 1)}
+    wanted = {name: Form(shape, torch.float32) for name, shape in shapes.items()}
+    if call.key_mask is not None:
+        wanted["hidden"] = Form((call.batch, call.s_k), torch.bool)
+    return wanted
+
+
+def _launches(call: Call, cut: _Cut, target: Target, select_shared: int) -> tuple[Launch, ...]:
+    q_heads, kv_heads = call.batch * call.heads, call.batch * call.kv_heads
+    items = q_heads * cut.n_q
+    launches = [
+        Launch("sparge_statistics", target.prepass, kv_heads * cut.splits, target.prepass.shared),
+        Launch("sparge_prepass", target.prepass, items + kv_heads * cut.n_k, target.prepass.shared),
+        Launch("sparge_select", target.selection, cut.tasks, select_shared),
+    ]
+    if cut.sorted:
+        launches.append(Launch("sparge_sequence", target.selection, q_heads, 0))
+    if cut.attends:
+        grid = min(target.processors, items) if cut.persistent else items
+        launches.append(Launch(target.attention.symbols[0], target.attention, grid, target.attention.shared))
+    return tuple(launches)
+
+
+def _sizes(call: Call, rule: Rule, cut: _Cut, pv: str) -> dict[str, int]:
+    """The structs' whole numbers and flags."""
+    return {
+        "batch": call.batch, "heads": call.heads, "kv_heads": call.kv_heads, "s_q": call.s_q, "s_k": call.s_k, "dim": call.dim,
+        "splits": cut.splits, "split_length": cut.split_length, "capacity": cut.capacity, "smooth_k": int(call.smooth_k), "hadamard": 0,
+        "pv": config.PV.index(pv), "subblock": int(rule.block_map is None and rule.score == "subblock"), "causal": int(call.causal),
+        "causal_offset": max(-call.s_q, min(call.causal_offset, call.s_k)),  # beyond these ends nothing changes, and the struct has 32 bits
+        "shift": int(call.compensate and not call.causal), "scratch_stride": cut.n_k,
+        "out_type": config.DTYPES.index(str(call.dtype).removeprefix("torch.")),
+    }  # fmt: skip
+
+
+def _strides(rule: Rule, inputs: prepare.Inputs, given: prepare.Given) -> dict[str, int | tuple[int, ...]]:
+    """The structs' strides, in elements: of the inputs and the output but for their last dimension, of a block map over batch and heads."""
+    q, k, v = inputs
+    tensors = {"q": q, "k": k, "v": k if v is None else v, "out": torch.empty_like(q, device="meta")}
+    strides = {f"{name}_stride": x.stride()[:3] for name, x in tensors.items()}
+    if rule.block_map is not None:
+        batch, heads, n_q, n_k = rule.block_map.shape
+        over = (heads * n_q * n_k, n_q * n_k) if "block_map" in given.copied else rule.block_map.stride()[:2]
+        strides |= {"map_batch": over[0] * (batch > 1), "map_head": over[1] * (heads > 1)}
+    return strides
+
+
+def _structs(launches: tuple[Launch, ...], values: dict, offsets: dict[str, int], outside: tuple[str, ...]) -> _Structs:
+    code, added, starts = bytearray(), [], []
+    for launch in launches:
+        struct = SYMBOLS[launch.symbol]
+        start = len(added)
+        starts.append(len(code))
+        filled = struct(**{name: value for name, value in values.items() if name in FIELDS[launch.symbol]})
+        added += [0] * (ctypes.sizeof(struct) // 8)
+        for name in FIELDS[launch.symbol]:
+            word = start + getattr(struct, name).offset // 8
+            if name in offsets:
+                setattr(filled, name, offsets[name])
+                added[word] = 1
+            elif name in outside:
+                added[word] = 2 + outside.index(name)
+        code += bytes(filled)
+    return _Structs(np.frombuffer(bytes(code), np.uint64), np.array(added), tuple(starts))
 
 
 def _splits(s_k: int, heads: int, processors: int) -> tuple[int, int]:

@@ -87,7 +87,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **how) -> tuple[Tensor, Tensor, Tens
     """(out, lse, kept) of the CUDA backend."""
     call = sparge_kernels.block_sparse_attention if "block_mask" in how else sparge_kernels.sparse_attention
     out, lse, info = call(q, k, v, **how, backend="cuda", return_lse=True, return_info=True)
-    return out, lse, info.kept
+    return out, lse, info.kept.to_map()
 
 
 def tiles_of(machine, hopper: dict[int, config.HopperConfig] | None = None) -> dict[int, tuple[int, int]]:

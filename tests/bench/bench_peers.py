@@ -118,7 +118,7 @@ def ours(inputs: Inputs, topk: float, machine) -> Contender:
 
     with using(machine):
         _, info = whole_call(inputs, topk, return_info=True)
-    return Contender(f"sparge {machine.pv}", run, float(info.density.mean()), topk, kept=lambda: info.kept)
+    return Contender(f"sparge {machine.pv}", run, float(info.density.mean()), topk, kept=lambda: info.kept.to_map())
 
 
 # ---- dense

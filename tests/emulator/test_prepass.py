@@ -279,8 +279,8 @@ def check_pools(case: Case, got: SimpleNamespace, c: torch.Tensor) -> None:
 
     for b in range(batch):
         own = None if case.keys is None else weight[b]
-        k_pool = selection._pool(k[b], None, 64, own, None, True, True)
-        q_pool = selection._pool(q[b], None, 32, None, None, False, True)
+        k_pool = selection._pool(k[b].float(), 64, own, True, True)
+        q_pool = selection._pool(q[b].float(), 32, None, False, True)
         variance = (k_pool.square - k_pool.mean**2).clamp_min(0)
         close_pool("k_mean of selection", got.k_mean[b], got.k_pool_scale[b, ..., 0], k_pool.mean, 2 * fp32 * size[b])
         close_pool("k_variance of selection", got.k_variance[b], got.k_pool_scale[b, ..., 1], variance, 4 * fp32 * square[b])

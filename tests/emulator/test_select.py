@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sparge_kernels import compensation, config, selection
+from sparge_kernels.block_mask import KeptBlocks
+from sparge_kernels.call import Call, Rule
 from sparge_kernels.cuda.params import SelectParams, SequenceParams
 
 LOG2E = math.log2(math.e)
@@ -167,14 +169,16 @@ class Problem:
     def expected(self) -> SimpleNamespace:
         return reference._select(self.q, self.k, **self.options)
 
-    def by_selection(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def call(self) -> Call:
         o, keep = self.options, self.options["always_keep"]
         keep = keep if isinstance(keep, dict) else {"q": keep or [], "k": keep or []}
         ranges = {f"keep_{name}": tuple(x for pair in keep.get(name, []) for x in pair) for name in "qk"}
-        return selection.select(
-            self.q, self.k, selection.Rule(o["topk"], o["cdfthreshd"], o["simthreshd1"], o["score"]), scale=self.scale, causal=o["causal"],
-            causal_offset=o["causal_offset"], keys=self.keys, **ranges,
-        )  # fmt: skip
+        causal = dict(causal=o["causal"], causal_offset=o["causal_offset"])
+        return Call.of(self.q, self.k, "torch", self.scale, key_mask=self.key_mask, **causal, **ranges)
+
+    def by_selection(self) -> KeptBlocks:
+        o = self.options
+        return selection.select(self.call(), Rule(o["topk"], o["cdfthreshd"], o["simthreshd1"], o["score"]), self.q, self.k)
 
 
 def check(problem: Problem, **how) -> torch.Tensor:
@@ -182,10 +186,10 @@ def check(problem: Problem, **how) -> torch.Tensor:
     out = problem.run(**how)
     got, truth = problem.map_of(out), problem.expected()
     reference._compare_maps(got, truth)
-    by_torch, visible = problem.by_selection()
-    wrong = (got != by_torch) & ~truth.close
+    by_torch = problem.by_selection()
+    wrong = (got != by_torch.to_map()) & ~truth.close
     assert not wrong.any(), f"selection.py decides {int(wrong.sum())} blocks differently, first {wrong.nonzero()[0].tolist()}"
-    assert torch.equal(out.visible, visible.expand(problem.batch, 1, problem.n_q)[:, 0])
+    assert torch.equal(out.visible, by_torch.visible[:, 0])
     return got
 
 
@@ -443,9 +447,7 @@ def state_by_torch(problem: Problem, kept: torch.Tensor) -> tuple[torch.Tensor, 
     """m0 (log2 units), l0, shift weight and U of compensation.py for the map that was kept."""
     group = problem.heads // problem.kv_heads
     o = problem.options
-    visible, partial = selection.visibility(
-        problem.batch, problem.s_q, problem.s_k, causal=o["causal"], causal_offset=o["causal_offset"], keys=problem.keys, device=kept.device
-    )
+    visible, partial = selection.visibility(problem.call(), problem.keys)
     found = []
     for b in range(problem.batch):
         skipped = visible[b % visible.shape[0]] & ~kept[b]

@@ -19,8 +19,8 @@ from sparge_kernels import (
 )
 from sparge_kernels.backends import choose
 from sparge_kernels.backends import cuda as backend
+from sparge_kernels.call import Kind
 from sparge_kernels.cuda import workspace
-from sparge_kernels.ops import Call
 from whole_call import ARCHS, FLAT_BOUND, FORMS, check, clustered, falling, normal, qkv
 
 SHAPES = [
@@ -43,7 +43,7 @@ def test_shapes(machine, b, h, h_kv, s_q, s_k, d, form, topk):
     out, lse, info = sparse_attention(q, k, v, topk=topk, backend="cuda", return_lse=True, return_info=True)
     attention = "sparge_attention_sm90" if form == "sm90" else "sparge_attention_mma"
     assert used.launched == ["sparge_statistics", "sparge_prepass", "sparge_select", attention] and info.backend == "cuda"
-    assert torch.equal(info.kept, select_blocks(q, k, topk=topk, backend="torch").to_dense())
+    assert torch.equal(info.kept.to_map(), select_blocks(q, k, topk=topk, backend="torch").to_dense())
     check(out, lse, info, q, k, v, form=form)
     if topk == 1:
         assert bool((info.density == 1).all())
@@ -63,7 +63,7 @@ def test_a_thousand_tokens(machine):
     machine()
     q, k, v = clustered(1, 1, 1, 1000, 64), clustered(3, 1, 1, 1000, 64), clustered(5, 1, 1, 1000, 64)
     out, lse, info = sparse_attention(q, k, v, topk=0.3, backend="cuda", return_lse=True, return_info=True)
-    assert torch.equal(info.kept, select_blocks(q, k, topk=0.3, backend="torch").to_dense()) and 0.2 < float(info.density) < 0.4
+    assert torch.equal(info.kept.to_map(), select_blocks(q, k, topk=0.3, backend="torch").to_dense()) and 0.2 < float(info.density) < 0.4
     check(out, lse, info, q, k, v, flat=False)
 
 
@@ -121,7 +121,7 @@ def test_causal(machine, form, s_q, s_k, d, offset):
     q, k, v = qkv(1, 2, 1, s_q, s_k, d)
     how = dict(causal=True, causal_offset=offset)
     out, lse, info = sparse_attention(q, k, v, topk=0.4, **how, backend="cuda", return_lse=True, return_info=True)
-    assert torch.equal(info.kept, select_blocks(q, k, topk=0.4, **how, backend="torch").to_dense())
+    assert torch.equal(info.kept.to_map(), select_blocks(q, k, topk=0.4, **how, backend="torch").to_dense())
     check(out, lse, info, q, k, v, form=form, **how)
 
 
@@ -154,7 +154,7 @@ def test_key_masks(machine, name, causal, form):
     clean = [torch.where(hidden[:, None, :, None], 0, x) for x in (k, v)]
     k, v = (torch.where(hidden[:, None, :, None], poison, x) for x in (k, v))
     out, lse, info = sparse_attention(q, k, v, topk=0.5, key_mask=mask, causal=causal, backend="cuda", return_lse=True, return_info=True)
-    assert torch.equal(info.kept, select_blocks(q, k, topk=0.5, key_mask=mask, causal=causal, backend="torch").to_dense())
+    assert torch.equal(info.kept.to_map(), select_blocks(q, k, topk=0.5, key_mask=mask, causal=causal, backend="torch").to_dense())
     check(out, lse, info, q, *clean, form=form, key_mask=mask, causal=causal)
 
 
@@ -163,7 +163,7 @@ def test_always_keep(machine):
     q, k, v = (clustered(seed, 1, 2, 450, 64) for seed in (1, 3, 5))
     for ranges in ([(100, 140)], {"k": [(0, 3), (200, 260)]}, {"q": [(300, 301)], "k": [(449, 450)]}, {"q": [(7, 7)]}):
         out, lse, info = sparse_attention(q, k, v, topk=0.2, always_keep=ranges, backend="cuda", return_lse=True, return_info=True)
-        assert torch.equal(info.kept, select_blocks(q, k, topk=0.2, always_keep=ranges, backend="torch").to_dense())
+        assert torch.equal(info.kept.to_map(), select_blocks(q, k, topk=0.2, always_keep=ranges, backend="torch").to_dense())
         check(out, lse, info, q, k, v, flat=False)
 
 
@@ -179,7 +179,7 @@ def test_order(machine, kind, form, extra):
     }.get(extra, {})  # fmt: skip
     out, lse, info = sparse_attention(q, k, v, topk=0.3, order=plan, **options, backend="cuda", return_lse=True, return_info=True)
     plain = {key: value for key, value in options.items() if key != "compensate"}
-    assert torch.equal(info.kept, select_blocks(q, k, topk=0.3, order=plan, **plain, backend="torch").to_dense())
+    assert torch.equal(info.kept.to_map(), select_blocks(q, k, topk=0.3, order=plan, **plain, backend="torch").to_dense())
     options.pop("always_keep", None)
     check(out, lse, info, q, k, v, form=form, flat=False, perm=plan.perm, **options)
     again = block_sparse_attention(q, k, v, info.block_mask, order=plan, **options, backend="cuda")
@@ -195,12 +195,12 @@ def test_block_masks_with_empty_and_full_rows(machine, form, d, shape):
     dense = torch.rand(*shape, 3, 6, generator=torch.Generator().manual_seed(3)) > 0.6
     dense[:, :, 1], dense[:, :, 2] = False, True
     out, lse, info = block_sparse_attention(q, k, v, dense, backend="cuda", return_lse=True, return_info=True)
-    assert torch.equal(info.kept, dense.expand(2, 4, -1, -1))
+    assert torch.equal(info.kept.to_map(), dense.expand(2, 4, -1, -1))
     assert bool((out[:, :, 128:256] == 0).all()) and bool((lse[:, :, 128:256] == -math.inf).all())
     check(out, lse, info, q, k, v, form=form)
     twice, wide = torch.stack([dense, ~dense], 2).flatten(1, 2), torch.cat([dense, ~dense], 3)
     for view in (dense.transpose(2, 3).contiguous().transpose(2, 3), dense.expand(2, 4, -1, -1), twice[:, ::2], wide[..., :6]):
-        assert torch.equal(view.expand(2, 4, -1, -1), info.kept)
+        assert torch.equal(view.expand(2, 4, -1, -1), info.kept.to_map())
         assert torch.equal(block_sparse_attention(q, k, v, view, backend="cuda"), out)
 
 
@@ -211,7 +211,11 @@ def test_block_mask_with_mask_and_causal(machine):
     mask = KEY_MASKS["whole blocks"]
     out, lse, info = block_sparse_attention(q, k, v, dense, key_mask=mask, causal=True, backend="cuda", return_lse=True, return_info=True)
     plain = block_sparse_attention(q, k, v, dense, key_mask=mask, causal=True, backend="torch", return_info=True)[1]
-    assert torch.equal(info.kept, plain.kept) and torch.equal(info.visible, plain.visible) and torch.equal(info.density, plain.density)
+    assert (
+        torch.equal(info.kept.to_map(), plain.kept.to_map())
+        and torch.equal(info.kept.visible, plain.kept.visible)
+        and torch.equal(info.density, plain.density)
+    )
     check(out, lse, info, q, k, v, key_mask=mask, causal=True)
 
 
@@ -238,7 +242,7 @@ def test_rules(machine, name, form):
     assert ("sparge_sequence" in used.launched) == (form == "sm90" and not rule.keys().isdisjoint({"cdfthreshd", "simthreshd1"}))
     how = {key: rule[key] for key in ("scale", "smooth_k", "pvthreshd") if key in rule}
     rule.pop("pvthreshd", None)
-    assert torch.equal(info.kept, select_blocks(q, k, **rule, backend="torch").to_dense()) and info.density.min() < 0.95
+    assert torch.equal(info.kept.to_map(), select_blocks(q, k, **rule, backend="torch").to_dense()) and info.density.min() < 0.95
     check(out, lse, info, q, k, v, form=form, flat=False, **how)
 
 
@@ -289,7 +293,7 @@ def test_compensation(machine, case, form):
     got = sparse_attention(q, k, v, topk=0.3, compensate=True, **how, **smooth, backend="cuda", return_lse=case != "lse off", return_info=True)
     out, lse, info = got[0], None if case == "lse off" else got[1], got[-1]
     exact, _ = check(out, lse, info, q, k, v, form=form, flat=False, compensate=True, **how, **smooth)
-    plain = reference.attention(q, k, v, info.kept, **how)[0]
+    plain = reference.attention(q, k, v, info.kept.to_map(), **how)[0]
     dense = reference.attention(q, k, v, **how)[0]
     assert (exact[0] - dense).norm() < 0.9 * (plain - dense).norm(), "compensation repairs nothing here: the comparison says nothing"
 
@@ -302,10 +306,9 @@ def test_compensation_in_chunks_gives_the_same_bits(machine, monkeypatch, mask):
     found = []
     for heads in (1, 2, 4, 6):
         monkeypatch.setattr(workspace, "CHUNK_ELEMENTS", heads * 400 * 40)  # a kv head has 400 rows of queries
-        workspace.plan.cache_clear()
+        monkeypatch.setattr(backend, "_CARVED", {})
         key_mask = None if mask is None else KEY_MASKS[mask]
         found.append(sparse_attention(q, k, v, topk=0.3, key_mask=key_mask, compensate=True, backend="cuda", return_lse=True))
-    workspace.plan.cache_clear()
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
 
 
@@ -347,7 +350,7 @@ def test_any_order_of_threads_gives_the_same_bits_and_leaves_inputs_alone(machin
         out, lse, info = sparse_attention(
             *tensors, topk=0.3, key_mask=mask, compensate=compensate, pvthreshd=3.0, backend="cuda", return_lse=True, return_info=True
         )
-        runs.append((out, lse, info.kept, info.counts, info.visible, info.skips))
+        runs.append((out, lse, info.kept.to_map(), info.kept.counts, info.kept.visible, info.pv_tiles))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     assert all(torch.equal(x, y) for x, y in zip((*tensors, mask), before, strict=True))
 
@@ -406,13 +409,13 @@ def test_compiled_with_changing_lengths_and_numbers(machine):
         out, lse, info = run(q, k, v, topk)
         plain, plain_lse, plain_info = sparse_attention(q, k, v, topk=topk, backend="cuda", return_lse=True, return_info=True)
         assert torch.equal(out, plain) and torch.equal(lse, plain_lse) and info.backend == "cuda"
-        assert torch.equal(info.kept, plain_info.kept) and torch.equal(info.counts, plain_info.counts)
+        assert torch.equal(info.kept.to_map(), plain_info.kept.to_map()) and torch.equal(info.kept.counts, plain_info.kept.counts)
     torch._dynamo.reset()
 
 
 def test_asked_before_the_torch_backend_and_with_limits_of_its_own(machine):
     machine()
     device = torch.device("cpu")
-    assert choose(Call(device)) == "cuda" and choose(Call(device, dim=192)) == "torch" and choose(Call(device, "torch")) == "torch"
+    assert choose(Kind(device)) == "cuda" and choose(Kind(device, dim=192)) == "torch" and choose(Kind(device, "torch")) == "torch"
     with pytest.raises(UnsupportedCall, match="head_dim 129"):
         sparse_attention(*(torch.zeros(1, 1, 5, 129) for _ in range(3)), backend="cuda")

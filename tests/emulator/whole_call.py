@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import emulator
 import pytest
 import torch
-from sparge_kernels import compensation, config, quantize, reference
+from sparge_kernels import BlockMask, compensation, config, quantize, reference
 from sparge_kernels.backends import cuda as backend
 
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -168,11 +168,11 @@ def check(out, lse, info, q, k, v, *, form="int8", flat=True, **how):
     """The bounds of this file's first paragraph, the log-sum-exp, and the skipped tiles; with one kv head `pvthreshd` may be a tensor, one a head."""
     if isinstance(how.get("pvthreshd"), torch.Tensor):
         for h, threshold in enumerate(how.pop("pvthreshd").tolist()):
-            one = SimpleNamespace(kept=info.kept[:, h : h + 1], pv_skipped=info.pv_skipped[:, h : h + 1])
+            one = SimpleNamespace(block_mask=BlockMask.from_dense(info.kept.to_map()[:, h : h + 1]), pv_skipped=info.pv_skipped[:, h : h + 1])
             mine = (x[:, h : h + 1] for x in (out, lse))
             check(*mine, one, q[:, h : h + 1], k, v, form=form, flat=flat, pvthreshd=threshold, **how)
         return None
-    blocks = info.kept
+    blocks = info.block_mask.to_dense()
     exact, rounded = expected(q, k, v, blocks, form=form, **how)
     assert out.shape == q.shape and out.dtype == q.dtype, f"the output is {tuple(out.shape)} of {out.dtype}"
     assert bool(out.isfinite().all()), "the output is not finite"

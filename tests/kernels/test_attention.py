@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import mmap
-import sys
 
 import pytest
 import torch
 from sparge_kernels import AttentionInfo, BlockMask, block_sparse_attention, merge_lse, order, reference, select_blocks, sparse_attention
+from sparge_kernels import block_mask as block_mask_module
+from sparge_kernels.block_mask import KeptBlocks
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -413,9 +414,9 @@ def test_info_reads_lists_of_block_numbers(n_k):
         counts[0, h, i] = len(ids)
         blocks[0, h, i, : len(ids)] = torch.tensor([x - (1 << 16) if x >= 1 << 15 else x for x in ids], dtype=torch.int16)
     visible = torch.tensor([[[n_k, n_k]]], dtype=torch.int32)
-    skips = torch.tensor([[[3, 4], [0, 0]]], dtype=torch.int32)
-    info = AttentionInfo("cuda", blocks, counts, visible, skips, n_k)
-    assert torch.equal(info.kept, dense) and torch.equal(info.block_mask.to_dense(), dense)
+    tiles = torch.tensor([[[3, 4], [0, 0]]], dtype=torch.int32)
+    info = AttentionInfo("cuda", KeptBlocks(blocks, counts, visible, n_k), tiles)
+    assert torch.equal(info.kept.to_map(), dense) and torch.equal(info.block_mask.to_dense(), dense)
     torch.testing.assert_close(info.density, dense.float().mean((-2, -1)))
     assert info.pv_skipped.tolist() == [[0.75, 0.0]] and info.density.dtype == info.pv_skipped.dtype == torch.float32
 
@@ -428,7 +429,8 @@ def info_of(kept, form: str) -> AttentionInfo:
         blocks = torch.full((*counts.shape, int(counts.max()) + 3), -1, dtype=torch.int16)
         for at in ((b, h, i) for b in range(kept.shape[0]) for h in range(kept.shape[1]) for i in range(kept.shape[2])):
             blocks[at][: counts[at]] = torch.from_numpy(kept[at].nonzero()[:, 0].numpy().astype("uint16").view("int16"))
-    return AttentionInfo(form, blocks, counts, torch.full((kept.shape[0], 1, kept.shape[2]), n_k), torch.zeros(*kept.shape[:2], 2), n_k)
+    visible = torch.full((kept.shape[0], 1, kept.shape[2]), n_k)
+    return AttentionInfo(form, KeptBlocks(blocks, counts, visible, n_k), torch.zeros(*kept.shape[:2], 2))
 
 
 @pytest.mark.parametrize("form", ["map", "lists"])
@@ -444,7 +446,7 @@ def test_pooled_picture(shape, form, monkeypatch):
     for h, r, c in ((h, r, c) for h in range(shape[1]) for r in range(0, rows, 7) for c in range(0, columns, 5)):
         i, j = (slice(n * size // cells, (n + 1) * size // cells) for n, size, cells in ((r, shape[2], rows), (c, shape[3], columns)))
         assert abs(int(pooled[h, r, c]) - 255 * float(kept[:, h, i, j].float().mean())) <= 0.51
-    monkeypatch.setattr(sys.modules[AttentionInfo.__module__], "_POOLED_AT_ONCE", 1)
+    monkeypatch.setattr(block_mask_module, "_POOLED_AT_ONCE", 1)
     assert torch.equal(info.pooled(), pooled) and info.pooled(most=4).shape[1:] == (min(4, rows), min(4, columns))
 
 
@@ -452,8 +454,8 @@ def test_pooled_picture_of_a_call(clustered):
     q, k, v = (clustered(seed, 2, 3, 1000, 32) for seed in (1, 3, 5))
     _, info = sparse_attention(q, k, v, topk=0.25, return_info=True)
     pooled = info.pooled().double() / 255
-    assert pooled.shape == info.kept.shape[1:]
-    torch.testing.assert_close(pooled, info.kept.double().mean(0), atol=0.002, rtol=0)
+    assert pooled.shape == info.kept.to_map().shape[1:]
+    torch.testing.assert_close(pooled, info.kept.to_map().double().mean(0), atol=0.002, rtol=0)
 
 
 @pytest.mark.parametrize("compensate", [False, True], ids=["", "compensate"])

@@ -20,14 +20,14 @@ from sparge_kernels import (
     backends,
     can_run,
     config,
-    ops,
     select_blocks,
     sparse_attention,
 )
+from sparge_kernels.backends import choose
 from sparge_kernels.backends import cuda as backend
-from sparge_kernels.cuda import loader, workspace
+from sparge_kernels.call import Call, Kind, Rule
+from sparge_kernels.cuda import loader, prepare, workspace
 from sparge_kernels.cuda.params import SYMBOLS, Strides
-from sparge_kernels.selection import Rule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 KERNELS = ["sparge_statistics", "sparge_prepass", "sparge_select", "sparge_attention_mma"]
@@ -66,9 +66,7 @@ def machine(monkeypatch):
 
 
 def call_of(q, k, **options):
-    batch, heads, s_q, dim = q.shape
-    shape = dict(dtype=q.dtype, batch=batch, heads=heads, kv_heads=k.shape[1], s_q=s_q, s_k=k.shape[2], dim=dim)
-    return ops.Call(q.device, "cuda", **{"scale": 0.25, **shape, **options})
+    return Call.of(q, k, "cuda", **{"scale": 0.25, "want_info": True, **options})
 
 
 def tensors(rand, b=2, h=4, h_kv=2, s_q=333, s_k=400, d=40, dtype=torch.float16):
@@ -97,6 +95,7 @@ WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "_unique2"
 CASES = {
     "plain": dict(),
     "lse": dict(want_lse=True),
+    "out alone": dict(want_info=False),
     "causal": dict(causal=True, causal_offset=3),
     "bool mask": dict(key_mask="bool"),
     "float mask": dict(key_mask="float"),
@@ -114,12 +113,11 @@ def run_case(rand, name, **more):
     if key_mask is not None:
         key_mask = torch.arange(400).expand(2, 400) % 3 > 0
         key_mask = key_mask if CASES[name]["key_mask"] == "bool" else torch.where(key_mask, 0.5, -1e4)
-    block_map = torch.ones(1, 1, 3, 7, dtype=torch.bool) if options.pop("block_map", False) else None
-    rule = None if block_map is not None else Rule(0.3, None, -1.0)
-    call = call_of(q, k, masked=key_mask is not None, **options)
-    backend.run(call, q, k, v, rule, block_map, key_mask)  # what is kept for later calls is there now
+    rule = Rule(block_map=torch.ones(1, 1, 3, 7, dtype=torch.bool)) if options.pop("block_map", False) else Rule(0.3)
+    call = call_of(q, k, key_mask=key_mask, **options)
+    backend.run(call, rule, q, k, v)  # what is kept for later calls is there now
     with Ops() as seen:
-        result = backend.run(call, q, k, v, rule, block_map, key_mask)
+        result = backend.run(call, rule, q, k, v)
     return seen.names, result
 
 
@@ -129,7 +127,8 @@ def test_four_launches_few_allocations_and_no_wait(machine, rand, name):
     names, _ = run_case(rand, name)
     assert [launch[0] for launch in machine.launched[4:]] == KERNELS
     assert not WAITING & set(names), names
-    made = ["empty"] * 5 + ["empty_like", "empty"]  # workspace, lists, counts, visible, skips; out, lse
+    options = {"want_info": True, **CASES[name]}
+    made = ["empty"] * (1 + options.get("want_lse", False) + 4 * options["want_info"]) + ["empty_like"]  # workspace, lse, what the info holds; out
     names = [n for n in names if n not in VIEWS]
     prepared = {
         "per head": ["copy_"], "float mask": ["copy_", "gt", "logical_not_", "masked_fill_", "amax", "nan_to_num_", "sub_"],
@@ -138,7 +137,7 @@ def test_four_launches_few_allocations_and_no_wait(machine, rand, name):
     if name == "compensate":
         assert names.count("bmm") == 3 and len(names) <= len(made) + 28, names
     else:
-        assert names == [*made[:5], *prepared.get(name, []), *made[5:]]
+        assert names == [*made, *prepared.get(name, [])]
 
 
 @pytest.fixture
@@ -168,7 +167,7 @@ def test_on_hopper_an_order_is_launched_where_lists_may_differ(hopper, rand, nam
 )  # fmt: skip
 def test_the_counter_and_the_sequence(hopper, rand, rule, s_q, sequence):
     q, k, v = tensors(rand, s_q=s_q)
-    backend.run(call_of(q, k), q, k, v, rule, None, None)
+    backend.run(call_of(q, k), rule, q, k, v)
     found = {name: struct_values(params) for name, _, _, _, params, _ in hopper.launched}
     assert list(found) == (IN_SEQUENCE if sequence else ON_HOPPER)
     select, attend = found["sparge_select"], found["sparge_attention_sm90"]
@@ -179,16 +178,17 @@ def test_the_counter_and_the_sequence(hopper, rand, rule, s_q, sequence):
 
 
 def test_no_sequence_of_more_blocks_than_16_bits_can_name(hopper, rand, monkeypatch):
-    monkeypatch.setattr(backend, "_MOST_BLOCKS", 2)
+    monkeypatch.setattr(workspace, "MOST_BLOCKS", 2)
+    monkeypatch.setattr(backend, "_CARVED", {})
     q, k, v = tensors(rand, s_q=333)
-    backend.run(call_of(q, k), q, k, v, Rule(None, 0.5, -1.0), None, None)
+    backend.run(call_of(q, k), Rule(None, 0.5, -1.0), q, k, v)
     assert [launch[0] for launch in hopper.launched] == ON_HOPPER
 
 
 @pytest.mark.parametrize("b, h, s_q, grid", [(1, 1, 100, 1), (2, 4, 333, 24), (1, 4, 128 * 33, 132), (1, 4, 128 * 33 + 1, 132), (3, 24, 2000, 132)])
 def test_hoppers_grid_is_the_device(hopper, rand, b, h, s_q, grid):
     q, k, v = torch.zeros(b, h, s_q, 8).half(), *torch.zeros(2, b, h, 64, 8).half()
-    backend.run(call_of(q, k), q, k, v, Rule(None, 0.5, -1.0), None, None)
+    backend.run(call_of(q, k), Rule(None, 0.5, -1.0), q, k, v)
     found = {name: (variant, got, shared, threads) for name, variant, got, shared, _, threads in hopper.launched}
     variant = config.hopper_variant(64, False, config.hopper_config(64))
     assert found["sparge_attention_sm90"] == (variant.name, grid, variant.shared, 384)
@@ -205,7 +205,7 @@ def test_hoppers_kernel_is_for_fp8(monkeypatch, rand, pv, d, e):
     q, k, v = tensors(rand, d=d)
     for masked in (False, True):
         made.launched.clear()
-        backend.run(call_of(q, k, masked=masked), q, k, v, Rule(None, 0.5, -1.0), None, torch.ones(2, 400, dtype=torch.bool) if masked else None)
+        backend.run(call_of(q, k, key_mask=torch.ones(2, 400, dtype=torch.bool) if masked else None), Rule(None, 0.5), q, k, v)
         kernel = "sm90" if pv == "fp8" else "mma"
         name, variant, _, _, params, _ = made.launched[-1]
         assert (name, variant) == (f"sparge_attention_{kernel}", f"attention_{kernel}_d{e}_{pv}" + "_masked" * masked)
@@ -215,15 +215,16 @@ def test_hoppers_kernel_is_for_fp8(monkeypatch, rand, pv, d, e):
 
 def test_selection_alone_needs_no_counter_on_hopper(hopper, rand):
     q, k, _ = tensors(rand)
-    backend.select(call_of(q, k), q, k, Rule(None, 0.5, -1.0), None)
+    backend.select(call_of(q, k), Rule(None, 0.5, -1.0), q, k)
     assert [launch[0] for launch in hopper.launched] == KERNELS[:3] and hopper.launched[-1][4].counter is None
 
 
 def test_select_blocks_launches_three(machine, rand):
     q, k, _ = tensors(rand)
-    lists, counts, visible = backend.select(call_of(q, k), q, k, Rule(0.3, None, -1.0), None)
+    kept = backend.select(call_of(q, k), Rule(0.3, None, -1.0), q, k)
     assert [launch[0] for launch in machine.launched] == KERNELS[:3]
-    assert lists.shape == (2, 4, 3, lists.shape[3]) and counts.shape == (2, 4, 3) and visible.shape == (2, 1, 3)
+    assert kept.blocks.shape == (2, 4, 3, kept.blocks.shape[3]) and kept.counts.shape == (2, 4, 3) and kept.visible.shape == (2, 1, 3)
+    assert kept.key_blocks == 7
 
 
 # What the kernels are told.
@@ -242,7 +243,7 @@ def test_sizes_strides_and_scalars(machine, rand):
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(rand, d=72))
     heads = torch.tensor([0.1, 0.2, 0.3, 0.4])
     call = call_of(q, k, scale=0.3, causal=True, causal_offset=-(1 << 39), smooth_k=False, pvthreshd=9.0, want_lse=True)
-    out, lse, lists, counts, visible, skips = backend.run(call, q, k, v, Rule(heads, 0.7, 0.2, "mean"), None, None)
+    out, lse, kept, tiles = backend.run(call, Rule(heads, 0.7, 0.2, "mean"), q, k, v)
     got = launched(machine)
     for params in got.values():
         for name, value in dict(batch=2, heads=4, kv_heads=2, s_q=333, s_k=400, dim=72, smooth_k=0, hadamard=0, pv=0, capacity=7).items():
@@ -256,7 +257,7 @@ def test_sizes_strides_and_scalars(machine, rand):
     assert select["topk_heads"] and not select["cdf_heads"] and not select["sim_heads"]
     assert select["causal"] == attend["causal"] == 1 and select["causal_offset"] == attend["causal_offset"] == -333
     assert attend["pvthreshd"] == 9 and not attend["pv_heads"] and attend["out_type"] == 0
-    for name, tensor in dict(lists=lists, counts=counts, visible=visible, skips=skips).items():
+    for name, tensor in dict(lists=kept.blocks, counts=kept.counts, visible=kept.visible, skips=tiles).items():
         assert select[name] == tensor.data_ptr() and attend.get(name, tensor.data_ptr()) == tensor.data_ptr()
     assert (attend["out"], attend["lse"]) == (out.data_ptr(), lse.data_ptr()) and attend["row_shift"] is None
     statistics = machine.launched[-4]
@@ -285,7 +286,7 @@ def test_exactly_the_pointers_of_the_features_in_use_are_set(machine, rand, name
         per_head = torch.full((4,), 0.5)
         rule = {"judge": Rule(0.3, None, 0.4), "rule per head": Rule(per_head, per_head, per_head)}.get(name, Rule(0.3, None, -1.0))
         perm = torch.arange(333).flip(0) if name == "order" else None
-        backend.run(call_of(q, q, perm=perm), q, q, q, rule, None, None)
+        backend.run(call_of(q, q, perm=perm), rule, q, q, q)
     optional = set().union(*OPTIONAL.values())
     wanted = OPTIONAL.get(name, set()) | ({"q_sim", "k_sim"} if name == "rule per head" else set())
     for symbol, values in launched(machine).items():
@@ -303,7 +304,7 @@ def test_the_binaries_of_a_call(monkeypatch, rand, pv, dtype, d, e):
     q, k, v = tensors(rand, d=d, dtype=getattr(torch, dtype))
     for masked in (False, True):
         mask = torch.ones(2, 400, dtype=torch.bool) if masked else None
-        backend.run(call_of(q, k, masked=masked), q, k, v, Rule(0.3, None, -1.0), None, mask)
+        backend.run(call_of(q, k, key_mask=mask), Rule(0.3, None, -1.0), q, k, v)
         names = [launch[1] for launch in made.launched[-4:]]
         assert names == [f"prepass_d{e}_{dtype}"] * 2 + [f"select_d{e}", f"attention_mma_d{e}_{pv}" + "_masked" * masked]
         found = {variant.name: variant for variant in config.variants("sm_89")}
@@ -314,31 +315,89 @@ def test_the_binaries_of_a_call(monkeypatch, rand, pv, dtype, d, e):
 # The workspace.
 
 
-def problem(**changes):
-    values = dict(
-        batch=2, heads=4, kv_heads=2, s_q=333, s_k=1000, dim=40, dtype="float16", pv="int8", capacity=7, q_stride=(1, 1, 1, 1), k_stride=(1, 1, 1, 1),
-        v_stride=(1, 1, 1, 1), causal=False, causal_offset=0, subblock=True, smooth_k=True, judged=False, compensate=False, want_lse=False,
-        masked=False, drawn=False, sequenced=False, processors=84,
-    )  # fmt: skip
-    return workspace.Problem(**{**values, **changes})
+def carved(*, q_shape=(2, 4, 333, 40), k_shape=(2, 2, 1000, 40), rule=None, pv="int8", processors=84, masked=False, **options):
+    """The workspace of a call without memory."""
+    q, k = torch.empty(q_shape, dtype=torch.float16, device="meta"), torch.empty(k_shape, dtype=torch.float16, device="meta")
+    mask = torch.empty(k_shape[0], k_shape[2], dtype=torch.bool, device="meta") if masked else None
+    found = {variant.name: variant for variant in config.variants("sm_90")}
+    dim = config.padded_dim(q_shape[3])
+    attention = config.attention_variant("sm_90", dim, pv, masked)
+    target = workspace.Target(processors, pv, found[f"prepass_d{dim}_float16"], found[f"select_d{dim}"], attention, pv == "fp8")
+    return workspace.carve(call_of(q, k, key_mask=mask, **options), rule or Rule(0.3), prepare.Inputs(q, k, k), target)
 
 
+@pytest.mark.parametrize("want_info", [False, True], ids=["", "info"])
 @pytest.mark.parametrize("pv", config.PV)
 @pytest.mark.parametrize("features", list(itertools.product([False, True], repeat=4)), ids=lambda f: "".join("01"[x] for x in f))
-def test_buffers_are_aligned_and_do_not_overlap(pv, features):
+def test_buffers_are_aligned_and_do_not_overlap(pv, features, want_info):
     judged, compensate, want_lse, masked = features
-    how = dict(judged=judged, compensate=compensate, want_lse=want_lse, masked=masked)
-    layout = workspace.plan(problem(pv=pv, **how, drawn=pv == "fp8", sequenced=pv == "fp8" and judged))
+    how = dict(compensate=compensate, want_lse=want_lse, masked=masked, want_info=want_info)
+    made = carved(pv=pv, rule=Rule(0.3, None, 0.4 if judged else -1.0), **how)
     end = 0
-    for offset, shape, dtype in sorted(layout.buffers.values()):
-        assert offset % 256 == 0 and offset >= end
-        end = offset + math.prod(shape) * getattr(torch, dtype).itemsize
-    assert end <= layout.nbytes < end + 256
-    for symbol, struct in SYMBOLS.items():
-        params = layout.params(symbol, 1 << 40)
-        for name, _ in struct._fields_:
-            if name in layout.buffers:
-                assert getattr(params, name) == (1 << 40) + layout.buffers[name][0]
+    for buffer in sorted(made.buffers.values(), key=lambda buffer: buffer.offset):
+        assert buffer.offset % 256 == 0 and buffer.offset >= end
+        end = buffer.offset + math.prod(buffer.shape) * buffer.dtype.itemsize
+    assert end <= made.nbytes < end + 256
+    assert set(made.results) == ({"lists", "counts", "visible", "skips"} if want_info else set()) | ({"lse"} if want_lse else set())
+    elsewhere = {name: (1 << 50) + i for i, name in enumerate(made.outside)}
+    structs = made.structs(1 << 40, list(elsewhere.values()))
+    names = ["statistics", "prepass", "select", *(["sequence"] if judged and pv == "fp8" else []), f"attention_{'sm90' if pv == 'fp8' else 'mma'}"]
+    assert [launch.symbol for launch in made.launches] == [f"sparge_{name}" for name in names]
+    for launch, params in zip(made.launches, structs, strict=True):
+        assert type(params) is SYMBOLS[launch.symbol]
+        for name, kind in params._fields_:
+            if kind is ctypes.c_void_p:
+                inside = (1 << 40) + made.buffers[name].offset if name in made.buffers else None
+                assert getattr(params, name) == elsewhere.get(name, inside), f"{name} of {launch.symbol}"
+    assert not set(made.outside) & set(made.buffers)
+
+
+def test_every_call_of_a_kind_has_structs_of_its_own():
+    made = carved()
+    first, second = (made.structs(base, [base] * len(made.outside)) for base in (1 << 40, 1 << 41))
+    assert first[1].q == first[1].k_sum - made.buffers["k_sum"].offset == 1 << 40 and second[1].q == 1 << 41
+
+
+def key_of(rand, rule=None, **options):
+    q, k, v = tensors(rand)
+    return workspace.key(call_of(q, k, **options), rule or Rule(0.3), prepare.Inputs(q, k, v))
+
+
+def test_what_a_workspace_is_remembered_by(rand):
+    """Numbers that are only handed on are not part of it; whatever changes a buffer, a size or a launch is."""
+    per_head, mask = torch.full((4,), 0.5), torch.ones(2, 400, dtype=torch.bool)
+    keys = {
+        "plain": key_of(rand), "lse": key_of(rand, want_lse=True), "info": key_of(rand, want_info=False), "causal": key_of(rand, causal=True),
+        "offset": key_of(rand, causal=True, causal_offset=5), "smooth": key_of(rand, smooth_k=False), "compensate": key_of(rand, compensate=True),
+        "keep_k": key_of(rand, keep_k=(0, 5)), "keep_q": key_of(rand, keep_q=(0, 5)), "order": key_of(rand, perm=torch.arange(400)),
+        "mask": key_of(rand, key_mask=mask), "bias": key_of(rand, key_mask=mask.float()), "pv": key_of(rand, pvthreshd=per_head),
+        "strided mask": key_of(rand, key_mask=mask.repeat(1, 2)[:, ::2]), "pv fp64": key_of(rand, pvthreshd=per_head.double()),
+        "cdf": key_of(rand, Rule(None, 0.3)), "both": key_of(rand, Rule(0.3, 0.3)), "judge": key_of(rand, Rule(0.3, None, 0.5)),
+        "mean": key_of(rand, Rule(0.3, score="mean")), "per head": key_of(rand, Rule(per_head)), "room": key_of(rand, Rule(0.6)),
+        "map": key_of(rand, Rule(block_map=torch.ones(2, 4, 3, 7, dtype=torch.bool))),
+        "map of one head": key_of(rand, Rule(block_map=torch.ones(2, 1, 3, 7, dtype=torch.bool))),
+        "strided map": key_of(rand, Rule(block_map=torch.ones(2, 4, 7, 3, dtype=torch.bool).transpose(2, 3))),
+    }  # fmt: skip
+    assert len(set(keys.values())) == len(keys)
+    assert keys["plain"] == key_of(rand, Rule(0.301, None, -0.5), pvthreshd=9.0, scale=0.7)
+    assert keys["both"] == key_of(rand, Rule(0.9, 0.1))
+
+
+def test_a_workspace_is_carved_once_and_few_are_remembered(machine, rand, monkeypatch):
+    monkeypatch.setattr(backend, "_CARVED", {})
+    monkeypatch.setattr(backend, "_MOST_CARVED", 3)
+    carve, count = workspace.carve, []
+    monkeypatch.setattr(workspace, "carve", lambda *args: count.append(1) or carve(*args))
+    q, k, v = tensors(rand)
+    for topk in (0.3, 0.3, 0.301):
+        backend.run(call_of(q, k), Rule(topk), q, k, v)
+    assert len(count) == 1
+    for s_k in (64, 128, 192, 256):
+        backend.run(call_of(q, k[:, :, :s_k]), Rule(0.3), q, k[:, :, :s_k], v[:, :, :s_k])
+    assert len(count) == 5 and len(backend._CARVED) == 3
+    machine.processors = 3
+    backend.run(call_of(q, k[:, :, :256]), Rule(0.3), q, k[:, :, :256], v[:, :, :256])
+    assert len(count) == 6 and machine.launched[-2][2] == 6
 
 
 @pytest.mark.parametrize("processors", [1, 16, 132, 170])
@@ -352,18 +411,20 @@ def test_splits_cover_the_keys_in_whole_strides(heads, s_k, processors):
 
 
 def test_a_row_that_does_not_fit_into_shared_memory_stays_in_scratch():
-    fits, large = workspace.plan(problem(s_k=64 * 1000)), workspace.plan(problem(s_k=64 * 60000))
-    one, other = (layout.params("sparge_select", 0) for layout in (fits, large))
-    assert one.row_in_shared == 1 and fits.select_shared >= 32 * 1000 and other.row_in_shared == 0 and other.scratch_stride == 60000
-    assert max(fits.select_shared, large.select_shared) <= 99 << 10  # what a block may have on the RTX series
+    fits, large = (carved(k_shape=(2, 2, 64 * n_k, 40)) for n_k in (1000, 60000))
+    one, other = (made.structs(0, [0] * len(made.outside))[2] for made in (fits, large))
+    of_fits, of_large = fits.launches[2].shared, large.launches[2].shared
+    assert one.row_in_shared == 1 and of_fits >= 32 * 1000 and other.row_in_shared == 0 and other.scratch_stride == 60000
+    assert max(of_fits, of_large) <= 99 << 10  # what a block may have on the RTX series
 
 
-def test_memory_is_what_the_module_says():
+@pytest.mark.parametrize("want_info", [False, True], ids=["", "info"])
+def test_memory_is_what_the_module_says(want_info):
     s, d = 8192, 128
-    layout = workspace.plan(problem(batch=1, heads=4, kv_heads=4, s_q=s, s_k=s, dim=d, processors=4))
-    scratch = math.prod(layout.buffers["scratch"][1]) * 4
+    made = carved(q_shape=(1, 4, s, d), k_shape=(1, 4, s, d), processors=4, want_info=want_info)
+    scratch = math.prod(made.buffers["scratch"].shape) * 4
     assert scratch == 2 * 4 * 64 * (s // 64) * 4
-    assert layout.nbytes - scratch <= (1.3 + 1.2 + 1.0) * 4 * s * d + 1e5
+    assert made.nbytes - scratch <= (1.3 + 1.2 + 1.0) * 4 * s * d + 1e5
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -398,7 +459,8 @@ def test_capacity_saves_memory_where_topk_alone_decides(rand):
             ("kept keys, ordered", dict(keep_k=(0, 10), perm=torch.arange(6400)), Rule(0.25, None, -1.0)),
             ("nothing kept", dict(keep_q=(5, 5)), Rule(0.25, None, -1.0)),
             ("cdf", {}, Rule(0.25, 0.5, -1.0)), ("judge", {}, Rule(0.25, None, 0.5)), ("per head", {}, Rule(torch.tensor([0.2]), None, -1.0)),
-            ("causal", dict(causal=True), Rule(0.25, None, -1.0)), ("kept queries", dict(keep_q=(0, 1)), Rule(0.25, None, -1.0)), ("map", {}, None),
+            ("causal", dict(causal=True), Rule(0.25, None, -1.0)), ("kept queries", dict(keep_q=(0, 1)), Rule(0.25, None, -1.0)),
+            ("map", {}, Rule(block_map=torch.ones(1, 1, 50, 100, dtype=torch.bool))),
         )
     }  # fmt: skip
     assert rooms == {
@@ -446,26 +508,26 @@ def test_every_refusal_has_its_reason(gpu, monkeypatch, name):
     machine, call, words = REFUSALS[name]
     gpu(**machine)
     monkeypatch.setattr(loader, "why_not", lambda device, variants: None)
-    reason = backend.why_not(ops.Call(**{"device": GPU, **call}))
+    reason = backend.why_not(Kind(**{"device": GPU, **call}))
     assert words in reason and "{" not in reason
     if name not in ("on the CPU",):
         with pytest.raises(UnsupportedCall) as caught:
-            ops.choose(ops.Call(**{"device": GPU, **call}))
+            choose(Kind(**{"device": GPU, **call}))
         assert caught.value.reasons["cuda"] == reason and "torch" in caught.value.reasons
 
 
 def test_limits_are_exact(gpu, monkeypatch):
     gpu()
     monkeypatch.setattr(loader, "why_not", lambda device, variants: None)
-    assert backend.why_not(ops.Call(GPU, dim=128, s_k=1 << 22, dtype=torch.bfloat16)) is None
-    assert ops.choose(ops.Call(GPU)) == "cuda" and ops.choose(ops.Call(GPU, "torch")) == "torch"
+    assert backend.why_not(Kind(GPU, dim=128, s_k=1 << 22, dtype=torch.bfloat16)) is None
+    assert choose(Kind(GPU)) == "cuda" and choose(Kind(GPU, "torch")) == "torch"
 
 
 def test_missing_binaries(gpu, monkeypatch):
     gpu((10, 3))
     asked = []
     monkeypatch.setattr(loader, "why_not", lambda device, variants: asked.append((device, [v.name for v in variants])) or "no binary for sm_103")
-    assert backend.why_not(ops.Call(GPU, dim=96, dtype=torch.bfloat16, masked=True)) == "no binary for sm_103"
+    assert backend.why_not(Kind(GPU, dim=96, dtype=torch.bfloat16, masked=True)) == "no binary for sm_103"
     assert asked == [(0, ["prepass_d128_bfloat16", "select_d128", "attention_mma_d128_int8_masked"])]
 
 
@@ -540,7 +602,7 @@ def test_without_its_own_kernel_hopper_takes_the_common_one_and_says_so(gpu, mon
     monkeypatch.setattr(loader, "why_not", without_hoppers_kernel)
     monkeypatch.setattr(loader, "kernel", lambda device, variant, symbol: SimpleNamespace(origin=f"{variant.name}, packaged for sm_90"))
     machine, _ = backend.machine_of(GPU)
-    assert machine.pv == "int8" and backend.why_not(ops.Call(GPU, dtype=torch.float16)) is None
+    assert machine.pv == "int8" and backend.why_not(Kind(GPU, dtype=torch.float16)) is None
     status = backends()["cuda"]
     assert status.available and status.reason == (
         "Some GPU: sm_90, attention_mma_d128_int8, packaged for sm_90; P and V are int8, because of fp8 there is "
@@ -553,7 +615,7 @@ def test_what_was_asked_for_is_not_replaced(gpu, monkeypatch):
     monkeypatch.setenv("SPARGE_PV", "fp8")
     monkeypatch.setattr(loader, "why_not", without_hoppers_kernel)
     assert backend.machine_of(GPU)[0].pv == "fp8"
-    assert "attention_sm90_d128_fp8" in backend.why_not(ops.Call(GPU, dim=128, dtype=torch.float16))
+    assert "attention_sm90_d128_fp8" in backend.why_not(Kind(GPU, dim=128, dtype=torch.float16))
     assert not backends()["cuda"].available
 
 
@@ -577,7 +639,7 @@ def test_launches_go_through_the_loader_and_the_driver(gpu, monkeypatch, rand, c
     monkeypatch.setattr(backend.driver, "launch", lambda kernel, *rest: launches.append((kernel, *rest[:3], rest[4], list(inside))))
     q, k, v = tensors(rand)
     call = dataclasses.replace(call_of(q, k), device=GPU)
-    backend.run(call, q, k, v, Rule(0.3, None, -1.0), None, None)
+    backend.run(call, Rule(0.3, None, -1.0), q, k, v)
     assert [kernel[2] for kernel, *_ in launches] == kernels and {kernel[0] for kernel, *_ in launches} == {0}
     assert [threads for _, _, threads, *_ in launches] == [256] * 3 + [384 if capability == (9, 0) else 256]
     assert all(stream == 50 and within == [0] for *_, stream, within in launches)

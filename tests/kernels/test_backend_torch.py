@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from sparge_kernels import UnsupportedCall, backends, block_sparse_attention, ops, order, sparse_attention
+from sparge_kernels import UnsupportedCall, backends, block_sparse_attention, order, sparse_attention
 from sparge_kernels.backends import choose
 from sparge_kernels.backends import torch as backend
+from sparge_kernels.call import Kind
 
 FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
@@ -46,7 +47,7 @@ def test_work_is_proportional_to_density(clustered, profile, case, lse):
     else:
         done = profile(lambda: sparse_attention(q, k, v, **options, return_info=True, return_lse=lse), ops=True)
     info = done.result[-1]
-    kept = info.kept
+    kept = info.kept.to_map()
     n_q, n_k = kept.shape[2:]
     rows = torch.full((n_q,), 128).clamp_max(s - torch.arange(n_q) * 128)
     keys = torch.full((n_k,), 64).clamp_max(s - torch.arange(n_k) * 64)
@@ -130,9 +131,9 @@ def test_no_map_of_all_pairs_at_any_point(rand, profile):
 
 def test_chosen_by_itself_on_the_cpu_only():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert choose(ops.Call(cpu)) == "torch" and choose(ops.Call(gpu, "torch")) == "torch"
+    assert choose(Kind(cpu)) == "torch" and choose(Kind(gpu, "torch")) == "torch"
     with pytest.raises(UnsupportedCall) as caught:
-        choose(ops.Call(gpu))
+        choose(Kind(gpu))
     assert "cuda" in caught.value.reasons["torch"]
 
 

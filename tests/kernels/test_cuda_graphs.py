@@ -17,12 +17,13 @@ import torch
 from sparge_kernels import BlockMask, UnsupportedCall, block_sparse_attention, config, ops, order, select_blocks, sparse_attention
 from sparge_kernels.backends import choose
 from sparge_kernels.backends import cuda as backend
+from sparge_kernels.call import Kind
 from sparge_kernels.cuda import driver as driver_module
 from sparge_kernels.cuda import loader as loader_module
 from sparge_kernels.cuda import workspace
 from sparge_kernels.cuda.loader import Binary, Loader, Places
 from sparge_kernels.cuda.params import SYMBOLS
-from test_backend_cuda import WAITING, problem
+from test_backend_cuda import WAITING, carved
 from test_cuda_driver import Library
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -91,7 +92,7 @@ def gpu(monkeypatch):
 
         for name, value in dict(
             is_available=lambda: True, is_initialized=lambda: True, is_current_stream_capturing=lambda: library.capturing,
-            device=lambda index: contextlib.nullcontext(), current_stream=lambda index: SimpleNamespace(cuda_stream=7),
+            device=lambda index: contextlib.nullcontext(), current_device=lambda: 0, current_stream=lambda index: SimpleNamespace(cuda_stream=7),
             get_device_capability=host(capability), get_device_name=host("Some GPU"),
             get_device_properties=host(SimpleNamespace(multi_processor_count=84)), synchronize=host(None),
         ).items():  # fmt: skip
@@ -118,7 +119,7 @@ def gpu(monkeypatch):
 class Fresh(TorchDispatchMode):
     """The operators that run, also inside of the package's own; what those returned; and every storage that came up, in order."""
 
-    INSIDE = {ops.attend.default: ops._attend, ops.select.default: ops._select}
+    INSIDE = {ops._attend_operator: ops._attend, ops._select_operator: ops._select}
 
     def __init__(self, *known):
         super().__init__()
@@ -217,6 +218,11 @@ def of_the_mask(mask):
 # ---- what a call allocates -----------------------------------------------------------------------------------------------------------------------
 
 
+def results_of(options):
+    """The output, the log-sum-exp, and what the info holds: blocks, counts, visible blocks and tiles."""
+    return 1 + options.get("return_lse", False) + 4 * options.get("return_info", False)
+
+
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0)], ids=["sm_89", "Hopper"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_call_makes_its_results_and_one_workspace(gpu, rand, name, capability):
@@ -225,10 +231,11 @@ def test_a_call_makes_its_results_and_one_workspace(gpu, rand, name, capability)
     call()  # what is kept over calls is there from now on
     with Fresh(*read, *of_the_mask(mask)) as seen:
         call()
-    assert len(seen.results) == 6 and not WAITING & set(seen.names), seen.names
+    wanted = results_of(CASES[name])
+    assert len(seen.results) == wanted and not WAITING & set(seen.names), seen.names
     results = {x.untyped_storage()._cdata for x in seen.results}
     beside = [storage for storage in seen.fresh if storage._cdata not in results]
-    assert len(results) == 6 and len(seen.fresh) == 7 and len(beside) == 1, seen.names
+    assert len(results) == wanted and len(seen.fresh) == wanted + 1 and len(beside) == 1, seen.names
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -252,8 +259,11 @@ def test_a_selection_makes_its_results_and_one_workspace(gpu, rand, monkeypatch,
     def select(*args):
         with Fresh(q, k, PLAN.perm, *(x for x in options.values() if isinstance(x, torch.Tensor))) as seen:
             result = real(*args)
-        inside.append((seen.fresh, result))
-        return [x.zero_() for x in result]
+        made = [result.blocks, result.counts, result.visible]
+        inside.append((seen.fresh, made))
+        for x in made:
+            x.zero_()
+        return result
 
     real = backend.select
     monkeypatch.setattr(backend, "select", select)
@@ -282,7 +292,7 @@ def test_nothing_outlives_a_call_but_its_results(gpu, rand, monkeypatch, name):
         monkeypatch.setattr(backend, door, noting(getattr(backend, door)))
     results = call()
     gc.collect()
-    assert len(made) == 7 and made[0]() is None and any(reference() is not None for reference in made)
+    assert len(made) == results_of(CASES[name]) + 1 and made[0]() is None and any(reference() is not None for reference in made)
     del results
     gc.collect()
     assert not any(reference() is not None for reference in made)
@@ -293,13 +303,10 @@ def test_nothing_outlives_a_call_but_its_results(gpu, rand, monkeypatch, name):
 def test_the_chunk_of_compensation_is_bounded(monkeypatch, elements, heads, kv_heads, batch):
     monkeypatch.setattr(workspace, "CHUNK_ELEMENTS", elements)
     s_q, s_k, dim = 130, 200, 40
-    asked = problem(batch=batch, heads=heads, kv_heads=kv_heads, s_q=s_q, s_k=s_k, dim=dim, compensate=True)
-    workspace.plan.cache_clear()
-    buffers = workspace.plan(asked).buffers
-    workspace.plan.cache_clear()
-    rows, values = (math.prod(buffers[name][1]) for name in ("shift_rows", "shift_values"))
+    buffers = carved(q_shape=(batch, heads, s_q, dim), k_shape=(batch, kv_heads, s_k, dim), compensate=True).buffers
+    rows, values = (math.prod(buffers[name].shape) for name in ("shift_rows", "shift_values"))
     of_one = dim * max(s_k, s_q * heads // kv_heads)
-    assert values <= rows <= max(elements, of_one) and rows % of_one == 0 and buffers["shift_values"][1][0] <= batch * kv_heads
+    assert values <= rows <= max(elements, of_one) and rows % of_one == 0 and buffers["shift_values"].shape[0] <= batch * kv_heads
     assert rows == batch * kv_heads * of_one or rows + of_one > elements  # as many heads as may be
 
 
@@ -353,7 +360,7 @@ def test_during_a_capture_nothing_is_loaded(gpu, rand, capability, set_up):
             sparse_attention(q, q, q, backend="cuda")
         assert refused.value.reasons == {"cuda": NOT_NOW}
         with pytest.raises(UnsupportedCall) as refused:
-            choose(ops.Call(GPU, dtype=torch.float16))
+            choose(Kind(GPU))
         assert refused.value.reasons["cuda"] == NOT_NOW and "torch" in refused.value.reasons
     assert not made.library.used
     sparse_attention(q, q, q, backend="cuda")
@@ -366,10 +373,10 @@ def test_during_a_capture_nothing_is_loaded(gpu, rand, capability, set_up):
 def test_what_is_missing_for_good_is_told_during_a_capture_too(gpu, rand, monkeypatch):
     made = gpu()
     monkeypatch.setattr(Found, "_binaries", lambda self, arch, variant, reasons: iter([reasons.append("none was packaged")][:0]))
-    reason = backend.why_not(ops.Call(GPU))
+    reason = backend.why_not(Kind(GPU))
     assert reason == "no binary of prepass_d64_float16 for sm_89: none was packaged"
     with made.capture():
-        assert backend.why_not(ops.Call(GPU)) == reason
+        assert backend.why_not(Kind(GPU)) == reason
 
 
 @pytest.mark.parametrize("initialised, device, told", [(True, 0, True), (True, GPU, True), (True, torch.device("cpu"), False), (False, GPU, False)])
@@ -392,13 +399,13 @@ def test_a_map_made_during_a_capture_is_not_kept(monkeypatch, rand):
     """It lies in memory of the graph."""
     q = rand(1, 2, HEADS, S, D)
     mask = BlockMask.from_dense(MAP)
-    capturing = [True]
+    capturing, kept, on = [True], [], BlockMask.on
     monkeypatch.setattr(driver_module, "capturing", lambda device: capturing[0])
+    monkeypatch.setattr(BlockMask, "on", lambda self, device, keep: kept.append((device, keep)) or on(self, device, keep))
     outs = [block_sparse_attention(q, q, q, mask)]
-    assert not mask._maps
     capturing[0] = False
     outs += [block_sparse_attention(q, q, q, mask) for _ in range(2)]
-    assert list(mask._maps) == [q.device] and torch.equal(mask._maps[q.device], MAP)
+    assert kept == [(q.device, False), (q.device, True), (q.device, True)]
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 

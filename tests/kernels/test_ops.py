@@ -10,6 +10,7 @@ import pytest
 import sparge_kernels
 import torch
 from sparge_kernels import BlockMask, block_sparse_attention, ops, order, sparse_attention
+from sparge_kernels.call import Call, Rule
 
 OPTIONS = {
     "topk": dict(topk=0.3),
@@ -27,7 +28,7 @@ def leaves(result):
     result = result if isinstance(result, tuple) else (result,)
     flat = []
     for r in result:
-        flat += [r] if isinstance(r, torch.Tensor) else [r.density, r.pv_skipped, r.kept, r.visible, r.counts, r.skips]
+        flat += [r] if isinstance(r, torch.Tensor) else [r.density, r.pv_skipped, r.kept.to_map(), r.kept.visible, r.kept.counts, r.pv_tiles]
     return flat
 
 
@@ -99,45 +100,66 @@ def test_compiled_with_other_changing_numbers(clustered, name):
         assert torch.equal(run(value), sparse_attention(q, k, v, **{name: value}))
 
 
-def attend_arguments(q, k, v, *, block_map=None, topk=0.3, key_mask=None, lse=True, compensate=False, causal=False, perm=None, topk_heads=None):
-    return (q, k, v, block_map, topk, None, -0.1, "subblock", topk_heads, None, None, 15.0, None, compensate, lse, key_mask, causal, 0, 0.25, True,
-            [], [], perm, "auto")  # fmt: skip
+def attend_arguments(q, k, v, rule=None, **options):
+    call = Call.of(q, k, "torch", 0.25, **{"want_lse": True, "want_info": True, **options})
+    return (q, k, v, *ops.pack(call, rule or Rule(0.3, None, -0.1)))
 
 
-@pytest.mark.parametrize("case", ["plain", "no lse", "map", "mask", "causal", "order", "per head", "NHD", "fp16"])
+@pytest.mark.parametrize("case", ["plain", "out alone", "no lse", "no info", "map", "mask", "causal", "order", "per head", "NHD", "fp16"])
 def test_opcheck_attend(clustered, case):
     q, k, v = clustered(1, 2, 4, 200, 16), clustered(3, 2, 2, 200, 16), clustered(5, 2, 2, 200, 16)
     options = {
-        "no lse": dict(lse=False), "map": dict(block_map=torch.ones(1, 1, 2, 4, dtype=torch.bool)), "causal": dict(causal=True, compensate=True),
+        "no lse": dict(want_lse=False), "no info": dict(want_info=False), "out alone": dict(want_lse=False, want_info=False),
+        "map": dict(rule=Rule(block_map=torch.ones(1, 1, 2, 4, dtype=torch.bool))), "causal": dict(causal=True, compensate=True),
         "mask": dict(key_mask=torch.arange(200).expand(2, 200) % 3 > 0), "order": dict(perm=torch.arange(200).flip(0)),
-        "per head": dict(topk=None, topk_heads=torch.tensor([0.2, 0.4, 0.6, 1.0])),
+        "per head": dict(rule=Rule(torch.tensor([0.2, 0.4, 0.6, 1.0])), pvthreshd=torch.tensor([15.0, 9.0, 8.0, 7.0])),
     }.get(case, {})  # fmt: skip
     if case == "NHD":
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     if case == "fp16":
         q, k, v = q.half(), k.half(), v.half()
-    torch.library.opcheck(ops.attend.default, attend_arguments(q, k, v, **options))
+    torch.library.opcheck(ops._attend_operator, attend_arguments(q, k, v, **options))
 
 
 def test_opcheck_select(clustered):
     q, k = clustered(1, 2, 4, 333, 16), clustered(3, 2, 2, 200, 16)
-    torch.library.opcheck(ops.select.default, (q, k, None, 0.5, 0.3, "mean", None, None, None, None, True, 5, 0.25, True, [0, 5], [], None, "torch"))
+    call = Call.of(q, k, "torch", 0.25, causal=True, causal_offset=5, keep_q=(0, 5))
+    torch.library.opcheck(ops._select_operator, (q, k, *ops.pack(call, Rule(None, 0.5, 0.3, "mean"))))
+
+
+def lying(x):
+    return (x.data_ptr(), x.shape, x.stride()) if isinstance(x, torch.Tensor) else x
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_what_is_packed_comes_out_again(per_head):
+    """Every field of both, through an operator's own idea of its arguments: tuples arrive as lists."""
+    q, k = torch.zeros(2, 4, 200, 16), torch.zeros(2, 2, 333, 16)
+    heads = torch.tensor([0.2, 0.4, 0.6, 1.0])
+    rule = Rule(heads, None, heads, "mean") if per_head else Rule(0.3, 0.5, 0.1, block_map=torch.ones(1, 1, 2, 6, dtype=torch.bool))
+    others = dict(perm=torch.arange(200), key_mask=torch.ones(2, 333), pvthreshd=heads) if per_head else {}
+    call = Call.of(q, k, "torch", 0.5, True, 7, False, compensate=True, want_lse=True, want_info=True, keep_q=(1, 2), keep_k=(3, 4, 5, 6), **others)
+    flat = tuple(list(x) if isinstance(x, tuple) else x for x in ops.pack(call, rule))
+    assert len(flat) == len(ops._attend_operator._schema.arguments) - 3 == len(ops._select_operator._schema.arguments) - 2
+    for made, given in zip(ops.unpack(q, k, flat), (call, rule), strict=True):
+        assert type(made) is type(given)
+        assert {name: lying(x) for name, x in vars(made).items()} == {name: lying(x) for name, x in vars(given).items()}
 
 
 def test_namespace_comes_from_the_package_name():
     assert ops.NAMESPACE == "sparge_" + hashlib.sha1(b"sparge_kernels").hexdigest()[:8]
-    assert ops.attend is getattr(torch.ops, ops.NAMESPACE).attend
+    assert ops._attend_operator is getattr(torch.ops, ops.NAMESPACE).attend.default
 
 
 def test_two_copies_in_one_process(clustered, load_copy):
     copy = load_copy("sparge_kernels_second_copy")
     assert copy is not sparge_kernels and copy.sparse_attention is not sparse_attention
     assert sys.modules["sparge_kernels_second_copy.ops"].NAMESPACE == "sparge_" + hashlib.sha1(b"sparge_kernels_second_copy").hexdigest()[:8]
-    assert sys.modules["sparge_kernels_second_copy.ops"].attend is not ops.attend
+    assert sys.modules["sparge_kernels_second_copy.ops"]._attend_operator is not ops._attend_operator
     q, k, v = (clustered(n, 1, 2, 333, 16) for n in (1, 3, 5))
     a, ia = sparse_attention(q, k, v, topk=0.3, return_info=True)
     b, ib = copy.sparse_attention(q, k, v, topk=0.3, return_info=True)
-    assert torch.equal(a, b) and torch.equal(ia.kept, ib.kept)
+    assert torch.equal(a, b) and torch.equal(ia.kept.to_map(), ib.kept.to_map())
 
 
 def test_a_plan_of_the_other_copy_is_refused_or_taken_but_never_misread(clustered, load_copy):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from sparge_kernels import order, select_blocks, selection, sparse_attention
+from sparge_kernels.call import Call
 
 
 def kept(*args, **options):
@@ -265,7 +266,8 @@ def test_many_heads_in_chunks_equal_single_heads(clustered, monkeypatch):
 
 def test_visibility_by_token_counting():
     for s_q, s_k, offset in ((300, 500, 0), (300, 500, -70), (129, 64, 5), (1, 1, -1), (256, 256, 64), (256, 256, 63)):
-        visible, partial = selection.visibility(1, s_q, s_k, causal=True, causal_offset=offset, keys=None, device=torch.device("cpu"))
+        call = Call.of(torch.zeros(1, 1, s_q, 1), torch.zeros(1, 1, s_k, 1), "torch", 1.0, causal=True, causal_offset=offset)
+        visible, partial = selection.visibility(call, None)
         sees = torch.arange(s_k)[None] <= torch.arange(s_q)[:, None] + offset
         for i in range(-(-s_q // 128)):
             for j in range(-(-s_k // 64)):

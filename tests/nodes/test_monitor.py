@@ -166,7 +166,7 @@ def test_maps_are_the_kernels_own(nodes, tiny, patched, watched, browser, monkey
 
     def attend(*args, **kwargs):
         out, info = real(*args, **kwargs)
-        returned.append(info.kept.float().mean(0))
+        returned.append(info.kept.to_map().float().mean(0))
         return out, info
 
     monkeypatch.setattr(nodes._kernels, "attend", attend)

@@ -242,7 +242,7 @@ def test_text_is_kept_and_its_padding_masked(kind, case, sparge, spied):
     assert given["key_mask"].dtype == torch.bool and torch.equal(given["key_mask"], torch.arange(VIDEO + TEXT) < lengths[:, None])
     assert given["always_keep"] == ((VIDEO, VIDEO + TEXT),) and given["order"].segments == (GRID, TEXT)
     assert given["layout"] == "NHD" and given["topk"] == 0.3
-    kept = info.kept  # key blocks: three of video, then text 192..256 and 256..262, the last of them padding in the first picture
+    kept = info.kept.to_map()  # key blocks: three of video, then text 192..256 and 256..262, the last of them padding in the first picture
     assert kept[:, :, :, 3].all() and kept[1, :, :, 4].all() and not kept[0, :, :, 4].any()
     assert kept[:, :, 1:, :4].all()  # the text's own rows attend to everything they see
     assert not kept[:, :, 0, :3].all()
