@@ -134,22 +134,9 @@ def sparse_attention(
     """
     q, k, v = checks.tensors(q, k, v, layout)
     rule = _rule(q.shape[1], q.device, topk, cdfthreshd, simthreshd1, score)
-    call = _call(
-        q,
-        k,
-        causal=causal,
-        causal_offset=causal_offset,
-        scale=scale,
-        key_mask=key_mask,
-        always_keep=always_keep,
-        order=order,
-        smooth_k=smooth_k,
-        backend=backend,
-        pvthreshd=pvthreshd,
-        compensate=compensate,
-        return_lse=return_lse,
-        return_info=return_info,
-    )
+    given = dict(causal=causal, causal_offset=causal_offset, scale=scale, key_mask=key_mask, order=order, smooth_k=smooth_k, backend=backend)
+    wanted = dict(pvthreshd=pvthreshd, compensate=compensate, return_lse=return_lse, return_info=return_info)
+    call = _call(q, k, **given, always_keep=always_keep, **wanted)
     return _returned(call, ops.attend(call, rule, q, k, v), layout)
 
 
@@ -184,21 +171,8 @@ def block_sparse_attention(
     """
     q, k, v = checks.tensors(q, k, v, layout)
     rule = Rule(block_map=checks.block_mask(block_mask, q, k))
-    call = _call(
-        q,
-        k,
-        causal=causal,
-        causal_offset=causal_offset,
-        scale=scale,
-        key_mask=key_mask,
-        order=order,
-        smooth_k=smooth_k,
-        backend=backend,
-        pvthreshd=pvthreshd,
-        compensate=compensate,
-        return_lse=return_lse,
-        return_info=return_info,
-    )
+    given = dict(causal=causal, causal_offset=causal_offset, scale=scale, key_mask=key_mask, order=order, smooth_k=smooth_k, backend=backend)
+    call = _call(q, k, **given, pvthreshd=pvthreshd, compensate=compensate, return_lse=return_lse, return_info=return_info)
     return _returned(call, ops.attend(call, rule, q, k, v), layout)
 
 
@@ -226,18 +200,8 @@ def select_blocks(
     """
     q, k, _ = checks.tensors(q, k, None, layout)
     rule = _rule(q.shape[1], q.device, topk, cdfthreshd, simthreshd1, score)
-    call = _call(
-        q,
-        k,
-        causal=causal,
-        causal_offset=causal_offset,
-        scale=scale,
-        key_mask=key_mask,
-        always_keep=always_keep,
-        order=order,
-        smooth_k=smooth_k,
-        backend=backend,
-    )
+    given = dict(causal=causal, causal_offset=causal_offset, scale=scale, key_mask=key_mask, order=order, smooth_k=smooth_k, backend=backend)
+    call = _call(q, k, **given, always_keep=always_keep)
     kept = ops.select(call, rule, q, k)
     return BlockMask(kept.to_map(), kept.visible)
 
@@ -325,23 +289,22 @@ def _call(q: Tensor, k: Tensor, **given) -> Call:
     key_mask = checks.key_mask(given["key_mask"], k)
     pv = checks.number("pvthreshd", given.get("pvthreshd", 15.0), checks.PV, q.shape[1])
     kind = Kind(q.device, checks.backend(given["backend"]), q.dtype, dim, s_k, key_mask is not None)
-    return Call.of(
-        q,
-        k,
-        scale=checks.scale(given["scale"], dim),
-        causal=causal,
-        causal_offset=offset,
-        smooth_k=checks.flag("smooth_k", given["smooth_k"]),
-        pvthreshd=pv.to(q.device) if isinstance(pv, Tensor) else pv,
-        compensate=checks.flag("compensate", given.get("compensate", False)),
-        want_lse=checks.flag("return_lse", given.get("return_lse", False)),
-        want_info=checks.flag("return_info", given.get("return_info", False)),
-        keep_q=keep_q,
-        keep_k=keep_k,
-        perm=None if order is None else order.on(q.device),
-        key_mask=key_mask,
-        backend=choose(kind),
-    )
+    options = {
+        "backend": choose(kind),
+        "scale": checks.scale(given["scale"], dim),
+        "causal": causal,
+        "causal_offset": offset,
+        "smooth_k": checks.flag("smooth_k", given["smooth_k"]),
+        "pvthreshd": pv.to(q.device) if isinstance(pv, Tensor) else pv,
+        "compensate": checks.flag("compensate", given.get("compensate", False)),
+        "want_lse": checks.flag("return_lse", given.get("return_lse", False)),
+        "want_info": checks.flag("return_info", given.get("return_info", False)),
+        "keep_q": keep_q,
+        "keep_k": keep_k,
+        "perm": None if order is None else order.on(q.device),
+        "key_mask": key_mask,
+    }
+    return Call.of(q, k, **options)
 
 
 def _returned(call: Call, result: Result, layout: str):

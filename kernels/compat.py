@@ -112,24 +112,7 @@ def spas_sage2_attn_meansim_cuda(
     return_sparsity: bool = False,
 ):
     """Cumulative-mass block-sparse attention with the self-similarity judge; return_sparsity gives (out, 1 - density as a float)."""
-    return spas_sage2_attn_meansim_topk_cuda(
-        q,
-        k,
-        v,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale,
-        smooth_k,
-        simthreshd1,
-        cdfthreshd,
-        None,
-        pvthreshd,
-        attention_sink,
-        tensor_layout,
-        output_dtype,
-        return_sparsity,
-    )
+    return spas_sage2_attn_meansim_topk_cuda(**{**locals(), "topk": None})  # the same arguments, and no topk
 
 
 spas_sage_attn_meansim_topk_cuda = spas_sage2_attn_meansim_topk_cuda

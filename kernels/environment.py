@@ -29,6 +29,11 @@ def cache_dir(platform: str = sys.platform) -> Path | None:
     return Path(base) / "sparge_kernels"
 
 
+def log() -> bool:
+    """SPARGE_LOG: whether every new kind of call is told in a line of the log at level WARNING, where it is seen without any set-up; unset: DEBUG."""
+    return os.environ.get("SPARGE_LOG", "0") not in ("", "0")
+
+
 def pv() -> str | None:
     """SPARGE_PV: how the GPU kernels hold P and V ("int8", "fp8", "fp16"), or None where the choice is theirs.
 

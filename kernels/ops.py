@@ -4,7 +4,8 @@ The operator namespace is `sparge_` and eight hex digits of the sha1 of the pack
 the folder, a script imports the installed one) live in one process without touching each other.
 
 An operator takes tensors and plain values, so that `Rule` and `Call` are flattened before it and restored after it: `SCHEMA`, `pack` and `unpack`
-are made from the fields of the two, in their order. What q and k tell is left out; a field of a number or a tensor becomes two arguments.
+are made from the fields of the two, in their order, without what q and k tell. What may be a number or a tensor per head is a number there, and the
+tensors follow all fields.
 """
 
 from __future__ import annotations
@@ -22,47 +23,36 @@ from .call import Call, Result, Rule
 
 NAMESPACE = "sparge_" + hashlib.sha1(__package__.encode()).hexdigest()[:8]
 
-_TYPES = {
-    "float": "float {0}",
-    "float | Tensor": "float? {0}, Tensor? {0}_heads",
-    "float | Tensor | None": "float? {0}, Tensor? {0}_heads",
-    "Tensor | None": "Tensor? {0}",
-    "bool": "bool {0}",
-    "int": "int {0}",
-    "str": "str {0}",
-    "tuple[int, ...]": "int[] {0}",
-}
-"""A field's type -> its arguments."""
-
-_OF_RULE = {item.name: item.type for item in fields(Rule)}
-_OF_CALL = {item.name: item.type for item in fields(Call)[8:]}
-_NAMES = (*_OF_RULE, *_OF_CALL)
-_PER_HEAD = frozenset(name for name, kind in (_OF_RULE | _OF_CALL).items() if kind.startswith("float | Tensor"))
-SCHEMA = ", ".join(_TYPES[kind].format(name) for name, kind in (_OF_RULE | _OF_CALL).items())
+_OF_RULE, _OF_CALL = fields(Rule), fields(Call)[8:]
+_RULE_NAMES, _CALL_NAMES = (tuple(item.name for item in items) for items in (_OF_RULE, _OF_CALL))
+_PER_HEAD = tuple(i for i, item in enumerate(_OF_RULE + _OF_CALL) if item.type.startswith("float | Tensor"))
+_RANGES = tuple(i for i, item in enumerate(_OF_RULE + _OF_CALL) if item.type.startswith("tuple"))
+_TYPES = {"float | Tensor": "float?", "float | Tensor | None": "float?", "Tensor | None": "Tensor?", "tuple[int, ...]": "int[]"}
+"""Types of fields that an operator calls otherwise."""
+SCHEMA = ", ".join(
+    [f"{_TYPES.get(item.type, item.type)} {item.name}" for item in _OF_RULE + _OF_CALL]
+    + [f"Tensor? {(_RULE_NAMES + _CALL_NAMES)[i]}_heads" for i in _PER_HEAD]
+)
 
 
 def pack(call: Call, rule: Rule) -> list:
     """The arguments of the operators that come after q, k and v."""
-    flat = []
-    for name in _NAMES:
-        value = getattr(rule if name in _OF_RULE else call, name)
-        if name in _PER_HEAD:
-            flat += (None, value) if isinstance(value, Tensor) else (value, None)
-        else:
-            flat.append(value)
+    flat = [getattr(rule, name) for name in _RULE_NAMES] + [getattr(call, name) for name in _CALL_NAMES]
+    for i in _PER_HEAD:
+        per_head = isinstance(flat[i], Tensor)
+        flat.append(flat[i] if per_head else None)
+        flat[i] = None if per_head else flat[i]
     return flat
 
 
-def unpack(q: Tensor, k: Tensor, flat: tuple) -> tuple[Call, Rule]:
+def unpack(q: Tensor, k: Tensor, packed: tuple) -> tuple[Call, Rule]:
     """What `pack` was given; an operator has its tuples as lists."""
-    values, rest = [], iter(flat)
-    for name in _NAMES:
-        value = next(rest)
-        if name in _PER_HEAD:
-            per_head = next(rest)
-            value = value if per_head is None else per_head
-        values.append(tuple(value) if isinstance(value, list) else value)
-    return Call.of(q, k, *values[len(_OF_RULE) :]), Rule(*values[: len(_OF_RULE)])
+    flat = list(packed[: -len(_PER_HEAD)])
+    for i, per_head in zip(_PER_HEAD, packed[-len(_PER_HEAD) :], strict=True):
+        flat[i] = flat[i] if per_head is None else per_head
+    for i in _RANGES:
+        flat[i] = tuple(flat[i])
+    return Call.of(q, k, *flat[len(_OF_RULE) :]), Rule(*flat[: len(_OF_RULE)])
 
 
 def select(call: Call, rule: Rule, q: Tensor, k: Tensor) -> KeptBlocks:

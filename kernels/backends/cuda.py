@@ -13,7 +13,8 @@ Nothing is kept on the device between calls, so that a call can be captured into
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -29,41 +30,38 @@ from ..cuda.workspace import Target, Workspace
 
 quantised = True
 skips_pv = True
-logger = logging.getLogger(__package__.partition(".")[0])
+logger = logging.getLogger("sparge_kernels")
 
-_LARGEST_DIM = config.DIMS[-1]
 _DTYPES = {getattr(torch, name): name for name in config.DTYPES}
 
 TOLERANCE = {"int8": 0.03, "fp8": 0.05, "fp16": 0.03}
 """Relative L2 error against exact attention over the same blocks that independent normal q, k and v may show, by the form of P and V."""
 
 
-class Limit(NamedTuple):
-    """What the kernels cannot take on any GPU: whether calls of a kind are beyond it, and the sentence that says so."""
-
-    exceeded: Callable[[Kind], bool]
-    why: str
-
-
-LIMITS = (
-    Limit(lambda kind: kind.dtype not in _DTYPES, "{kind.dtype} is none of the types that its kernels read (float16, bfloat16, float32)"),
-    Limit(lambda kind: kind.dim > _LARGEST_DIM, "head_dim {kind.dim} is beyond the 1 to 128 of its kernels; backend='torch' takes up to 256"),
-    Limit(
-        lambda kind: num_blocks(kind.s_k, BLOCK_K) > workspace.MOST_BLOCKS,
-        "{kind.s_k} keys are beyond the 4194304 that its lists can name; split the keys",
-    ),
-)
-
-
 def why_not(kind: Kind) -> str | None:
     """None, or why this backend cannot take calls of a kind: the machine, the kernels, the binaries."""
-    reason = _no_machine(kind.device)
-    if reason is not None:
+    width = next((dim for dim in config.DIMS if kind.dim <= dim), None)
+    reason = _declined(kind.device, kind.dtype, width, kind.masked)
+    if reason is None and width is None:
+        return f"head_dim {kind.dim} is beyond the 1 to {config.DIMS[-1]} of its kernels; backend='torch' takes up to 256"
+    if reason is None and num_blocks(kind.s_k, BLOCK_K) > workspace.MOST_BLOCKS:
+        return f"{kind.s_k} keys are beyond the {workspace.MOST_BLOCKS * BLOCK_K} that its lists can name; split the keys"
+    return reason
+
+
+def _declined(device: torch.device, dtype: torch.dtype, width: int | None, masked: bool) -> str | None:
+    """What tells against calls of one head size of the kernels; None: of no one."""
+    machine, reason = machine_of(device)
+    if machine is None:
         return reason
-    for exceeded, sentence in LIMITS:
-        if exceeded(kind):
-            return sentence.format(kind=kind)
-    return _no_binary(kind.device, kind.dim, kind.dtype, kind.masked)
+    if dtype not in _DTYPES:
+        return f"{dtype} is none of the types that its kernels read (float16, bfloat16, float32)"
+    return None if width is None else machine.missing(_target_of(machine, width, dtype, masked).binaries)
+
+
+# What a machine has does not change while a compiled function lives: torch.compile takes the answer as it is, as with
+# torch.compiler.assume_constant_result, which would load the compiler when this package is imported.
+_declined._dynamo_marked_constant = True
 
 
 def status() -> Availability:
@@ -75,7 +73,7 @@ def status() -> Availability:
     for index in range(count):
         machine, text = machine_of(torch.device("cuda", index))
         if machine is not None:
-            usual = _target_of(machine, _LARGEST_DIM, torch.float16, False)
+            usual = _target_of(machine, config.DIMS[-1], torch.float16, False)
             text = machine.missing(usual.binaries)
             if text is None:
                 available, text = True, f"{machine.arch}, {machine.kernel(usual.attention, usual.attention.symbols[0]).origin}{machine.note}"
@@ -87,21 +85,6 @@ def self_test_devices() -> list[SelfTest]:
     """Every GPU that the kernels run on."""
     machines = [(torch.device("cuda", i), machine_of(torch.device("cuda", i)).machine) for i in range(torch.cuda.device_count())]
     return [SelfTest(device, TOLERANCE[machine.pv]) for device, machine in machines if machine is not None]
-
-
-def _no_machine(device: torch.device) -> str | None:
-    _, reason = machine_of(device)
-    return reason
-
-
-def _no_binary(device: torch.device, dim: int, dtype: torch.dtype, masked: bool) -> str | None:
-    machine, _ = machine_of(device)
-    return machine.missing(_target_of(machine, dim, dtype, masked).binaries)
-
-
-# What a machine has does not change while a compiled function lives: torch.compile takes the answers as they are, as with
-# torch.compiler.assume_constant_result, which would load the compiler when this package is imported.
-_no_machine._dynamo_marked_constant = _no_binary._dynamo_marked_constant = True
 
 
 def blocks_form(call: Call, rule: Rule) -> Form:
@@ -140,18 +123,21 @@ def machine_of(device: torch.device) -> Found:
     """What this backend runs on where a tensor is on `device`."""
     if device.type != "cuda":
         return Found(None, f"the tensors are on {device.type}, it needs an NVIDIA GPU")
-    if torch.version.hip is not None:
-        return Found(None, "this PyTorch is built for AMD GPUs, it needs an NVIDIA GPU")
-    if not torch.cuda.is_available():
-        return Found(None, "PyTorch finds no NVIDIA GPU")
+    index = device.index
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
     try:
-        return _machine(torch.cuda.current_device() if device.index is None else device.index)
+        return _machine(index)
     except loader.NotNow as error:
         return Found(None, str(error))
 
 
 @lru_cache(maxsize=16)
 def _machine(index: int) -> Found:
+    if torch.version.hip is not None:
+        return Found(None, "this PyTorch is built for AMD GPUs, it needs an NVIDIA GPU")
+    if not torch.cuda.is_available():
+        return Found(None, "PyTorch finds no NVIDIA GPU")
     if driver.capturing(index):
         raise loader.NotNow  # and no answer, which the cache would keep
     major, minor = torch.cuda.get_device_capability(index)
@@ -193,15 +179,16 @@ def _persistent(arch: str, pv: str) -> bool:
     return config.on_hopper_kernel(arch, pv)
 
 
+def _target_of(machine: Machine, dim: int, dtype: torch.dtype, masked: bool) -> Target:
+    return _target(machine.arch, machine.pv, machine.processors, dim, dtype, masked)
+
+
 @lru_cache(maxsize=256)
-def _target(arch: str, pv: str, processors: int, dim: int, dtype: str, masked: bool) -> Target:
+def _target(arch: str, pv: str, processors: int, dim: int, dtype: torch.dtype, masked: bool) -> Target:
+    dim = config.padded_dim(dim)
     found = {variant.name: variant for variant in config.variants(arch)}
     attention = config.attention_variant(arch, dim, pv, masked)
-    return Target(processors, pv, found[config.prepass_name(dim, dtype)], found[config.select_name(dim)], attention, _persistent(arch, pv))
-
-
-def _target_of(machine: Machine, dim: int, dtype: torch.dtype, masked: bool) -> Target:
-    return _target(machine.arch, machine.pv, machine.processors, config.padded_dim(dim), _DTYPES[dtype], masked)
+    return Target(processors, pv, found[config.prepass_name(dim, _DTYPES[dtype])], found[config.select_name(dim)], attention, _persistent(arch, pv))
 
 
 class Machine:
@@ -222,13 +209,20 @@ class Machine:
     def __init__(self, index: int, arch: str, pv: str, note: str = ""):
         self.index, self.arch, self.pv, self.note = index, arch, pv, note
         self.processors = torch.cuda.get_device_properties(index).multi_processor_count
+        self._kernels: dict[tuple[str, str], driver.Kernel] = {}
 
     def missing(self, variants: Sequence[config.Variant]) -> str | None:
         """None, or why one of these binaries cannot be had."""
+        if all((variant.name, symbol) in self._kernels for variant in variants for symbol in variant.symbols):
+            return None
         return loader.why_not(self.index, variants)
 
     def kernel(self, variant: config.Variant, symbol: str) -> driver.Kernel:
-        return loader.kernel(self.index, variant, symbol)
+        """A kernel on this GPU, where it stays loaded."""
+        found = self._kernels.get((variant.name, symbol))
+        if found is None:
+            found = self._kernels[variant.name, symbol] = loader.kernel(self.index, variant, symbol)
+        return found
 
     def launch(self, kernel: driver.Kernel, grid: int, threads: int, shared: int, params, stream: int) -> None:
         """Puts one kernel on a stream."""
@@ -236,7 +230,7 @@ class Machine:
 
     def here(self):
         """A context in which this GPU is the current one."""
-        return torch.cuda.device(self.index)
+        return nullcontext() if torch.cuda.current_device() == self.index else torch.cuda.device(self.index)
 
     def stream(self) -> int:
         """The stream that PyTorch works on now."""
@@ -293,7 +287,11 @@ class _Work:
     def _launch(self, number: int) -> None:
         launch = self.workspace.launches[number]
         kernel = self.machine.kernel(launch.variant, launch.symbol)
-        self.machine.launch(kernel, launch.grid, launch.variant.threads, launch.shared, self.structs[number], self.stream)
+        try:
+            self.machine.launch(kernel, launch.grid, launch.variant.threads, launch.shared, self.structs[number], self.stream)
+        except RuntimeError as error:  # which may be the word of an earlier launch: a GPU tells late
+            before = ", ".join(f"{x.symbol} (grid {x.grid})" for x in self.workspace.launches[:number]) or "nothing"
+            raise type(error)(f"{error}; launched before it in this call: {before}") from error
 
 
 def _number(value: float | Tensor | None) -> float:
@@ -314,7 +312,21 @@ def _carved(machine: Machine, call: Call, rule: Rule, inputs: Inputs) -> Workspa
         if len(_CARVED) >= _MOST_CARVED:
             _CARVED.pop(next(iter(_CARVED)), None)
         _CARVED[key] = found
+        level = logging.WARNING if environment.log() else logging.DEBUG
+        if logger.isEnabledFor(level):
+            logger.log(level, "%s", _described(machine, call, found))
     return found
+
+
+def _described(machine: Machine, call: Call, found: Workspace) -> str:
+    """A new kind of call in one line: its backend and shapes, what it launches from which binaries, and the bytes of its workspace."""
+    shapes = f"B={call.batch} H={call.heads} H_kv={call.kv_heads} S_q={call.s_q} S_k={call.s_k} D={call.dim} {str(call.dtype).removeprefix('torch.')}"
+    launches = (
+        f"{launch.symbol} grid {launch.grid} x {launch.variant.threads}, {launch.shared} bytes of shared memory, "
+        f"{machine.kernel(launch.variant, launch.symbol).origin}"
+        for launch in found.launches
+    )
+    return f"new kind of call, backend cuda on {machine.arch}: {shapes}; workspace {found.nbytes} bytes; {'; '.join(launches)}"
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -619,10 +619,12 @@ def test_what_was_asked_for_is_not_replaced(gpu, monkeypatch):
     assert not backends()["cuda"].available
 
 
+@pytest.mark.parametrize("current, entered", [(1, [0]), (0, [])], ids=["another GPU is current", "it is current"])
 @pytest.mark.parametrize("capability, kernels", [((8, 6), KERNELS), ((9, 0), ON_HOPPER)])
-def test_launches_go_through_the_loader_and_the_driver(gpu, monkeypatch, rand, capability, kernels):
-    """The real machine: kernels of its device, on its current stream, inside its device context."""
+def test_launches_go_through_the_loader_and_the_driver(gpu, monkeypatch, rand, capability, kernels, current, entered):
+    """The real machine: kernels of its device, on its current stream, with its device the current one."""
     gpu(capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.delenv("SPARGE_PV", raising=False)
     monkeypatch.setattr(loader, "why_not", lambda device, variants: None)
     inside, launches = [], []
@@ -642,8 +644,61 @@ def test_launches_go_through_the_loader_and_the_driver(gpu, monkeypatch, rand, c
     backend.run(call, Rule(0.3, None, -1.0), q, k, v)
     assert [kernel[2] for kernel, *_ in launches] == kernels and {kernel[0] for kernel, *_ in launches} == {0}
     assert [threads for _, _, threads, *_ in launches] == [256] * 3 + [384 if capability == (9, 0) else 256]
-    assert all(stream == 50 and within == [0] for *_, stream, within in launches)
+    assert all(stream == 50 and within == entered for *_, stream, within in launches) and inside == []
     assert all(grid > 0 and shared > 0 for _, grid, _, shared, _, _ in launches)
+
+
+def test_a_machine_asks_the_loader_once(gpu, monkeypatch):
+    gpu()
+    asked = []
+    monkeypatch.setattr(loader, "why_not", lambda device, variants: asked.append("why_not"))
+    monkeypatch.setattr(loader, "kernel", lambda device, variant, symbol: asked.append((variant.name, symbol)) or (variant.name, symbol))
+    machine, _ = backend.machine_of(GPU)
+    (variant,) = [variant for variant in config.variants("sm_86") if variant.name == "prepass_d64_float16"]
+    assert machine.missing((variant,)) is None and asked == ["why_not"]
+    for _ in range(2):
+        assert [machine.kernel(variant, symbol) for symbol in variant.symbols] == [(variant.name, symbol) for symbol in variant.symbols]
+    assert machine.missing((variant,)) is None and asked == ["why_not", *((variant.name, symbol) for symbol in variant.symbols)]
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.cuda.OutOfMemoryError])
+@pytest.mark.parametrize("number, before", [(0, "nothing"), (2, "sparge_statistics (grid 32), sparge_prepass (grid 12)")])
+def test_a_launch_error_tells_what_was_launched_before(machine, monkeypatch, number, before, kind):
+    launch = machine.launch
+
+    def fail(kernel, *rest):
+        if len(machine.launched) == number:
+            raise kind("cuLaunchKernel failed: CUDA_ERROR_ILLEGAL_ADDRESS")
+        launch(kernel, *rest)
+
+    monkeypatch.setattr(machine, "launch", fail)
+    q = torch.zeros(1, 4, 128, 16).half()
+    with pytest.raises(kind) as caught:
+        backend.run(call_of(q, q), Rule(0.3), q, q, q)
+    assert str(caught.value) == f"cuLaunchKernel failed: CUDA_ERROR_ILLEGAL_ADDRESS; launched before it in this call: {before}"
+
+
+@pytest.mark.parametrize("value, level, shown", [(None, "WARNING", 0), (None, "DEBUG", 1), ("0", "WARNING", 0), ("1", "WARNING", 1)])
+def test_every_new_kind_of_call_is_told_in_a_line_where_asked(machine, monkeypatch, rand, caplog, value, level, shown):
+    monkeypatch.delenv("SPARGE_LOG", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SPARGE_LOG", value)
+    monkeypatch.setattr(backend, "_CARVED", {})
+    monkeypatch.setattr(machine, "kernel", lambda variant, symbol: SimpleNamespace(variant="", name=symbol, origin=f"{variant.name}, packaged"))
+    q, k, v = tensors(rand, d=72)
+    with caplog.at_level(level, "sparge_kernels"):
+        for topk in (0.3, 0.3, 0.301):
+            backend.run(call_of(q, k), Rule(topk), q, k, v)
+    lines = [record.getMessage() for record in caplog.records if record.name == "sparge_kernels"]
+    assert len(lines) == shown
+    if shown:
+        (carved,) = backend._CARVED.values()
+        found = {launch.symbol: launch for launch in carved.launches}
+        assert lines[0].startswith(
+            f"new kind of call, backend cuda on sm_89: B=2 H=4 H_kv=2 S_q=333 S_k=400 D=72 float16; workspace {carved.nbytes} bytes; "
+            f"sparge_statistics grid {found['sparge_statistics'].grid} x 256, {found['sparge_statistics'].shared} bytes of shared memory, "
+        )
+        assert lines[0].count("packaged") == 4 and lines[0].endswith("attention_mma_d128_int8, packaged") and "\n" not in lines[0]
 
 
 def test_report_without_a_gpu(gpu):

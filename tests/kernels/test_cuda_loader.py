@@ -672,4 +672,8 @@ def test_environment_variables_live_in_one_module():
     folder = Path(environment.__file__).parent
     users = {p.relative_to(folder).as_posix() for p in folder.rglob("*.py") if re.search(r"os\.(environ|getenv)", p.read_text(encoding="utf-8"))}
     assert users == {"environment.py"}
-    assert set(re.findall(r'"(SPARGE_\w+)"', Path(environment.__file__).read_text(encoding="utf-8"))) == {"SPARGE_CACHE_DIR", "SPARGE_PV"}
+    assert set(re.findall(r'"(SPARGE_\w+)"', Path(environment.__file__).read_text(encoding="utf-8"))) == {
+        "SPARGE_CACHE_DIR",
+        "SPARGE_LOG",
+        "SPARGE_PV",
+    }

@@ -84,6 +84,13 @@ def test_compiled_with_changing_lengths(clustered):
         assert torch.equal(run(q, k, v), sparse_attention(q, k, v, topk=0.3))
 
 
+def test_compiled_with_changing_head_sizes(clustered):
+    run = compiled(lambda q, k, v: sparse_attention(q, k, v, topk=0.3))
+    for d in (16, 24, 40, 72):
+        q, k, v = (clustered(n, 1, 2, 300, d) for n in (1, 3, 5))
+        assert torch.equal(run(q, k, v), sparse_attention(q, k, v, topk=0.3))
+
+
 def test_compiled_with_changing_numbers(clustered):
     """A schedule changes topk from step to step: torch.compile turns a float that changes into a symbol."""
     q, k, v = (clustered(n, 1, 2, 333, 16) for n in (1, 3, 5))
