@@ -6,7 +6,9 @@ Density = kept / visible blocks, 0..1; visible: not excluded by causal or a full
 """
 
 from . import compat, order
-from .attention import AttentionInfo, block_sparse_attention, merge_lse, select_blocks, sparse_attention
+from .attention import AttentionInfo, block_sparse_attention, can_run, merge_lse, select_blocks, sparse_attention
+from .backends import NAMES as BACKEND_NAMES
+from .backends import BackendChoice
 from .backends import report as backends
 from .block_mask import BlockMask
 from .errors import UnsupportedCall
@@ -14,11 +16,14 @@ from .errors import UnsupportedCall
 __version__ = "0.1.0"
 
 __all__ = [
+    "BACKEND_NAMES",
     "AttentionInfo",
+    "BackendChoice",
     "BlockMask",
     "UnsupportedCall",
     "backends",
     "block_sparse_attention",
+    "can_run",
     "compat",
     "merge_lse",
     "order",

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, ops
-from .backends import choose
+from .backends import TABLE, BackendChoice, choose
 from .block_mask import BLOCK_K, BlockMask, num_blocks
+from .errors import UnsupportedCall
 from .order import OrderPlan
 
 
@@ -285,6 +286,35 @@ def merge_lse(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, lay
     if layout == "NHD":
         a, b = a.transpose(1, 2), b.transpose(1, 2)
     return (out_a.float() * a + out_b.float() * b).to(out_a.dtype), lse
+
+
+def can_run(
+    device: torch.device | str, *, backend: str = "auto", head_dim: int = 64, dtype: torch.dtype = torch.float16, masked: bool = False
+) -> BackendChoice:
+    """Which backend runs calls of a kind on a device, asked without tensors; the first such question may load kernels there.
+
+    Parameters
+    ----------
+    device : torch.device or str
+        Where q, k and v will be.
+    backend : "auto" | "cuda" | "torch"
+        As the call will name it.
+    head_dim, dtype
+        Of q, k and v: 1..256; float16, bfloat16 or float32. Others, which every call refuses, are not looked for here.
+    masked : bool
+        Whether the call has a `key_mask`.
+
+    Returns
+    -------
+    BackendChoice
+        A refusal is not for ever: during the capture of a CUDA graph no kernels are loaded, after it they are.
+    """
+    call = ops.Call(torch.device(device), checks.backend(backend), dim=head_dim, dtype=dtype, masked=masked)
+    try:
+        name = choose(call)
+    except UnsupportedCall as refusal:
+        return BackendChoice(None, "; ".join(f"{name}: {why}" for name, why in refusal.reasons.items()), False, False)
+    return BackendChoice(name, None, TABLE[name].quantised, TABLE[name].skips_pv)
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,7 @@ TABLE = {"cuda": cuda_backend, "torch": torch_backend}
 """Name -> module, in the order in which `backend="auto"` asks them."""
 
 NAMES = ("auto", *TABLE)
+"""What the argument `backend` may be. Exported as `sparge_kernels.BACKEND_NAMES`."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,28 @@ class BackendStatus:
 
     available: bool
     reason: str | None
+    quantised: bool
+    skips_pv: bool
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """Which backend runs calls of a kind; see `sparge_kernels.can_run`.
+
+    Attributes
+    ----------
+    backend : str or None
+        Its name; None where none does.
+    why_not : str or None
+        None, or every backend's reason in one sentence.
+    quantised : bool
+        Whether it works on 8-bit values (else it is exact, or there is none).
+    skips_pv : bool
+        Whether it profits from `pvthreshd`.
+    """
+
+    backend: str | None
+    why_not: str | None
     quantised: bool
     skips_pv: bool
 

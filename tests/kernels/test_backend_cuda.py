@@ -12,7 +12,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sparge_kernels import UnsupportedCall, __main__, backends, config, ops, select_blocks, sparse_attention
+from sparge_kernels import (
+    BACKEND_NAMES,
+    BackendChoice,
+    UnsupportedCall,
+    __main__,
+    backends,
+    can_run,
+    config,
+    ops,
+    select_blocks,
+    sparse_attention,
+)
 from sparge_kernels.backends import cuda as backend
 from sparge_kernels.cuda import loader, workspace
 from sparge_kernels.cuda.params import SYMBOLS, Strides
@@ -458,6 +469,35 @@ def test_missing_binaries(gpu, monkeypatch):
     assert asked == [(0, ["prepass_d128_bfloat16", "select_d128", "attention_mma_d128_int8_masked"])]
 
 
+def test_can_run_without_tensors(gpu, monkeypatch):
+    """The head size, dtype and mask of the calls decide too; on a GPU nothing falls to the torch backend unless it was asked for."""
+    gpu()
+    asked = []
+    monkeypatch.setattr(loader, "why_not", lambda device, variants: asked.append([v.name for v in variants]))
+    assert can_run("cuda") == can_run(GPU, backend="cuda", head_dim=128, dtype=torch.bfloat16, masked=True) == BackendChoice("cuda", None, True, True)
+    assert asked == [
+        ["prepass_d64_float16", "select_d64", "attention_mma_d64_int8"],
+        ["prepass_d128_bfloat16", "select_d128", "attention_mma_d128_int8_masked"],
+    ]
+    assert can_run("cuda", backend="cuda", head_dim=192) == BackendChoice(
+        None, "cuda: head_dim 192 is beyond the 1 to 128 of its kernels; backend='torch' takes up to 256", False, False
+    )
+    assert can_run("cuda", backend="torch", head_dim=192) == can_run("cpu") == BackendChoice("torch", None, False, False)
+    with pytest.raises(ValueError, match="backend must be one of auto, cuda, torch, got 'triton'"):
+        can_run("cpu", backend="triton")
+
+
+def test_a_refusal_of_can_run_that_ends_is_not_remembered(gpu, monkeypatch):
+    """Kernels cannot be loaded while a CUDA graph is captured; after it they are."""
+    gpu()
+    missing = ["a CUDA graph is being captured"]
+    monkeypatch.setattr(loader, "why_not", lambda device, variants: missing[0])
+    refused = can_run("cuda")
+    assert refused.backend is None and refused.why_not.startswith("cuda: a CUDA graph is being captured; torch: not chosen by itself on cuda")
+    missing[0] = None
+    assert can_run("cuda").backend == "cuda"
+
+
 @pytest.mark.parametrize(
     "value, capability, pv",
     [
@@ -547,7 +587,7 @@ def test_launches_go_through_the_loader_and_the_driver(gpu, monkeypatch, rand, c
 def test_report_without_a_gpu(gpu):
     gpu(available=False)
     status = backends()
-    assert list(status) == ["cuda", "torch"] and not status["cuda"].available and "GPU" in status["cuda"].reason
+    assert list(status) == ["cuda", "torch"] == list(BACKEND_NAMES[1:]) and not status["cuda"].available and "GPU" in status["cuda"].reason
     assert status["cuda"].quantised and status["cuda"].skips_pv
 
 

@@ -215,9 +215,9 @@ def test_public_names():
     import sparge_kernels
 
     expected = {"sparse_attention", "block_sparse_attention", "select_blocks", "BlockMask", "AttentionInfo", "UnsupportedCall", "backends",
-                "merge_lse", "order", "compat"}  # fmt: skip
+                "merge_lse", "order", "compat", "can_run", "BackendChoice", "BACKEND_NAMES"}  # fmt: skip
     assert set(sparge_kernels.__all__) == expected and all(hasattr(sparge_kernels, name) for name in expected)
-    for name in expected - {"order", "compat"}:
+    for name in expected - {"order", "compat", "BACKEND_NAMES"}:
         assert getattr(sparge_kernels, name).__doc__, f"{name} has no docstring"
 
 
@@ -232,6 +232,7 @@ def test_signatures():
         "return_lse=False, return_info=False",
         "block_sparse_attention": "q, k, v, block_mask, *, pvthreshd=15.0, causal=False, causal_offset=0, scale=None, key_mask=None, order=None, "
         "compensate=False, smooth_k=True, layout='HND', backend='auto', return_lse=False, return_info=False",
+        "can_run": "device, *, backend='auto', head_dim=64, dtype=torch.float16, masked=False",
         "select_blocks": "q, k, *, topk=None, cdfthreshd=None, simthreshd1=-0.1, causal=False, causal_offset=0, scale=None, key_mask=None, "
         "always_keep=None, order=None, score='subblock', smooth_k=True, layout='HND', backend='auto'",
     }
