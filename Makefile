@@ -32,7 +32,7 @@ help:
 	@echo "PYTHON=python3.12 picks the interpreter, COMFYUI_PATH=/path/to/ComfyUI another ComfyUI"
 
 setup:
-	@$(PYTHON) tests/comfyui/install.py
+	@$(PYTHON) tools/comfyui/install.py
 
 test: setup
 	@$(RUN) -m ruff check .
@@ -47,34 +47,34 @@ test-ptx: setup
 	@$(COMPUTE) -m ptx_all tests/ptx
 
 proof: setup
-	@$(RUN) tests/ring/prove.py --jobs $(JOBS)
+	@$(RUN) tools/ring/prove.py --jobs $(JOBS)
 
 demo: setup
-	@$(RUN) tests/comfyui/demo.py
+	@$(RUN) tools/comfyui/demo.py
 
 serve: setup
-	@$(RUN) tests/comfyui/serve.py
+	@$(RUN) tools/comfyui/serve.py
 
 gpu: $(if $(filter $(RUN),$(GPU_PYTHON)),setup)
-	@$(GPU_PYTHON) tests/bench/bench_gpu.py $(if $(ONLY),--only "$(ONLY)") $(if $(AGAIN),--again) $(if $(RESULTS),--results "$(RESULTS)")
+	@$(GPU_PYTHON) bench/bench_gpu.py $(if $(ONLY),--only "$(ONLY)") $(if $(AGAIN),--again) $(if $(RESULTS),--results "$(RESULTS)")
 
 gpu-carry: setup
-	@$(RUN) tests/bench/bench_gpu.py --carry
+	@$(RUN) bench/bench_gpu.py --carry
 
 gpu-rehearsal: setup
-	@$(RUN) tests/bench/bench_gpu.py --results demo_output --again --rehearse "$(ACCIDENTS)" || true
+	@$(RUN) bench/bench_gpu.py --results demo_output --again --rehearse "$(ACCIDENTS)" || true
 
 bench: setup
-	@$(RUN) tests/bench/bench.py $(if $(SHORT),--short) $(if $(ACTIVATIONS),--activations "$(ACTIVATIONS)")
+	@$(RUN) bench/bench.py $(if $(SHORT),--short) $(if $(ACTIVATIONS),--activations "$(ACTIVATIONS)")
 
 bench-models: setup
-	@$(RUN) tests/bench/bench_models.py $(if $(MODELS),--models "$(MODELS)")
+	@$(RUN) bench/bench_models.py $(if $(MODELS),--models "$(MODELS)")
 
 bench-torch: setup
-	@$(RUN) tests/bench/bench_torch.py
+	@$(RUN) bench/bench_torch.py
 
 bench-monitor: setup
-	@$(RUN) tests/bench/bench_monitor.py
+	@$(RUN) bench/bench_monitor.py
 
 clean:
 	rm -rf .venv .comfyui .emulator .gpu demo_output build *.egg-info

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted((ROOT / "web" / "docs").rglob("*.md"))
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "python_examples/README.md", "tests/bench/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "python_examples/README.md", "bench/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     *PAGES,
 ]
@@ -118,7 +118,7 @@ def known_path(word: str, folder: Path, tracked: set[str]) -> bool:
 
 def variables() -> set[str]:
     """Every environment variable that the code or the Makefile reads."""
-    sources = [ROOT / "Makefile", ROOT / "kernels" / "environment.py", ROOT / "tests" / "comfyui" / "install.py", ROOT / "tests" / "conftest.py"]
+    sources = [ROOT / "Makefile", ROOT / "kernels" / "environment.py", ROOT / "tools" / "comfyui" / "install.py", ROOT / "tests" / "conftest.py"]
     text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     return set(re.findall(r'environ\.get\("(\w+)"', text)) | set(re.findall(r"\$\((?:if \$\()?([A-Z_]+)", text)) | OUTSIDE
 

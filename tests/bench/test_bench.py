@@ -23,7 +23,7 @@ import torch
 from sparge_kernels import config
 from sparge_kernels.backends import cuda as backend
 
-HERE = Path(__file__).resolve().parent
+PROGRAMS = Path(bench.__file__).resolve().parent
 CPU = torch.device("cpu")
 
 
@@ -398,7 +398,7 @@ def test_results_are_files_by_gpu_that_print_again(tmp_path, capsys):
 
 def test_without_a_gpu():
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(HERE / "bench.py")], capture_output=True, text=True, timeout=120, env=hidden)
+    done = subprocess.run([sys.executable, str(PROGRAMS / "bench.py")], capture_output=True, text=True, timeout=120, env=hidden)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "Nothing else was measured, because there is no GPU that PyTorch can use."

@@ -22,8 +22,7 @@ from sparge_kernels.cuda import build, loader, nvrtc
 
 CPU = torch.device("cpu")
 THREADS, SUMS, REPEATS, CHAINS = 256, 8, 4, 8  # as in ceilings_sm80.cuh
-HERE = emulator.ROOT / "tests" / "bench"
-SOURCES = {file: Source(file.removesuffix(".cuh"), str(HERE / file)) for file in (bench_ceilings.PORTABLE, bench_ceilings.HOPPER)}
+SOURCES = {file: Source(file.removesuffix(".cuh"), str(bench_ceilings.HERE / file)) for file in (bench_ceilings.PORTABLE, bench_ceilings.HOPPER)}
 BY_SYMBOL = {ceiling.symbol: ceiling for ceiling in bench_ceilings.CEILINGS}
 
 

@@ -30,7 +30,7 @@ from required import missing
 from sparge_kernels import config
 from sparge_kernels.cuda import build, loader, nvrtc
 
-HERE = Path(__file__).resolve().parent
+PROGRAMS = Path(bench_gpu.__file__).resolve().parent
 CPU = torch.device("cpu")
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and process groups as POSIX has them")
@@ -492,7 +492,7 @@ def rehearsal(tmp_path_factory):
     """(printed, result, exit status, seconds) of the whole program on the emulated GPU, with accidents."""
     folder, began = tmp_path_factory.mktemp("results"), time.monotonic()
     spec = "speed Mochi 22k=hang,ptx sm_86=crash,speed Wan 14B 75k=fault,2^31=memory,ptx sm_80=wrong"
-    command = [sys.executable, str(HERE / "bench_gpu.py"), "--rehearse", spec, "--results", str(folder)]
+    command = [sys.executable, str(PROGRAMS / "bench_gpu.py"), "--rehearse", spec, "--results", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=560)
     (file,) = folder.iterdir()
     return done.stdout + done.stderr, json.loads(file.read_text()), done.returncode, time.monotonic() - began, file
@@ -516,7 +516,7 @@ def test_a_rehearsal_ends_in_time_with_a_complete_report(rehearsal):
 def test_a_second_run_does_only_what_is_left(rehearsal):
     *_, file = rehearsal
     before = json.loads(file.read_text())["steps"]
-    command = [sys.executable, str(HERE / "bench_gpu.py"), "--rehearse", "", "--results", str(file.parent), "--only", "2^31,speed Mochi"]
+    command = [sys.executable, str(PROGRAMS / "bench_gpu.py"), "--rehearse", "", "--results", str(file.parent), "--only", "2^31,speed Mochi"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     after = json.loads(file.read_text())["steps"]
     assert after["2^31"]["status"] == after["speed Mochi 22k"]["status"] == "ok", done.stdout + done.stderr
@@ -526,7 +526,7 @@ def test_a_second_run_does_only_what_is_left(rehearsal):
 
 def test_without_a_gpu():
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(HERE / "bench_gpu.py")], capture_output=True, text=True, timeout=120, env=hidden)
+    done = subprocess.run([sys.executable, str(PROGRAMS / "bench_gpu.py")], capture_output=True, text=True, timeout=120, env=hidden)
     assert (done.returncode, done.stdout) == (0, "Nothing was measured, because there is no GPU that PyTorch can use.\n"), done.stderr
 
 
@@ -574,6 +574,6 @@ def test_arguments(capsys, tmp_path):
 def test_the_package_is_found_where_it_is_not_installed():
     code = "import sys; sys.path.insert(0, sys.argv[1]); sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
     code += "import importlib.util as u; assert u.find_spec('sparge_kernels') is None; import gpu_steps; print(gpu_steps.config.__name__)"
-    done = subprocess.run([sys.executable, "-c", code, str(HERE)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code, str(PROGRAMS)], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "sparge_kernels.config", done.stderr
     assert sparge_kernels.__name__ == "sparge_kernels"

@@ -173,7 +173,7 @@ def saved(text):
 
 def test_the_readme_holds_what_the_program_prints(capsys):
     assert read_gpu.main(["--predictions"]) == 0
-    printed, readme = capsys.readouterr().out, (ROOT / "tests" / "bench" / "README.md").read_text(encoding="utf-8")
+    printed, readme = capsys.readouterr().out, (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
     for table in (bench_floors.hopper_table(), bench_floors.versions_table()):
         assert table in printed and table in readme
     assert bench_floors.portable_table() in printed

@@ -51,7 +51,7 @@ def test_package_has_what_runs_and_nothing_else(packaged, package, repository):
     assert packaged >= NEEDED
     for folder in ("nodes", "kernels", "web", "locales", "workflows"):
         assert {name for name in tracked if name.startswith(folder + "/")} <= packaged, folder
-    assert not [name for name in packaged if name.startswith((".", "tests/")) or name == "Makefile"]
+    assert not [name for name in packaged if name.startswith((".", "bench/", "tests/", "tools/")) or name == "Makefile"]
     assert package.stat().st_size < 6_000_000
 
 
@@ -59,7 +59,7 @@ def test_package_has_what_runs_and_nothing_else(packaged, package, repository):
 ENTRY = """
 import asyncio, importlib.util, os, sys, time
 tree, root = sys.argv[1:]
-sys.path.insert(0, os.path.join(root, "tests", "comfyui"))
+sys.path.insert(0, os.path.join(root, "tools", "comfyui"))
 import comfy_launch
 from pathlib import Path
 comfy_launch.enter(Path(tree))

@@ -129,7 +129,7 @@ def test_package_holds_what_the_manifest_names():
 
 def test_the_pinned_compiler_is_the_one_that_is_installed_for_tests_and_builds():
     line = f"\"{build.NVRTC_PACKAGE}=={build.NVRTC_VERSION}; sys_platform != 'darwin'\""
-    for file in ("pyproject.toml", "tests/comfyui/install.py"):
+    for file in ("pyproject.toml", "tools/comfyui/install.py"):
         assert line in (ROOT / file).read_text(encoding="utf-8"), file
 
 

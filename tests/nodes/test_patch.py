@@ -372,7 +372,7 @@ print(json.dumps(dict(root=root, total=total, out=out.getvalue(), err=err.getval
 @pytest.mark.usefixtures("comfy")
 def test_import_is_quick_and_quiet():
     """Under a name like ComfyUI's (the folder's path), in a process of its own: no work, no words, no question to the GPU."""
-    code = PROBE.format(harness=str(ROOT / "tests/comfyui"), tests=str(ROOT / "tests"), root=str(ROOT))
+    code = PROBE.format(harness=str(ROOT / "tools/comfyui"), tests=str(ROOT / "tests"), root=str(ROOT))
     best = None
     for _ in range(2):  # the first may compile bytecode
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)

@@ -1,6 +1,6 @@
 """Whole calls with the PTX of the packaged kernels executed on the CPU: every step of the CUDA backend, down to the compiler's instructions.
 
-The blocks are the torch backend's, and the numbers keep the bounds of tests/emulator/whole_call.py. As there, everything that the backend
+The blocks are the torch backend's, and the numbers keep the bounds of tools/emulator/whole_call.py. As there, everything that the backend
 allocates lies between sentinels and is full of NaN. `make test-ptx` runs every packaged kernel; what always runs are those that differ most.
 """
 

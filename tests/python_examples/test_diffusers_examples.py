@@ -68,7 +68,7 @@ LAYERS = {"mochi": (3, 1), "hunyuan_video": (4, 1), "wan": (3, 2)}
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_tiny_pipeline_runs_sparse_from_the_command_line(family, tmp_path):
     out = tmp_path / "video.gif"
-    command = [sys.executable, str(ROOT / "tests/comfyui/comfy_launch.py"), str(EXAMPLES / f"diffusers_{family}.py"), "--tiny", "--topk", "0.1",
+    command = [sys.executable, str(ROOT / "tools/comfyui/comfy_launch.py"), str(EXAMPLES / f"diffusers_{family}.py"), "--tiny", "--topk", "0.1",
                "--dense-steps", "1", "--dense-layers", "-1", "--out", str(out)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr

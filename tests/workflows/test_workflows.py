@@ -50,7 +50,7 @@ def test_every_model_has_its_workflow():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_file_is_what_the_builder_writes(name):
     text = (build_workflows.FOLDER / f"{name}.json").read_text(encoding="utf-8")
-    assert text == graph.text_of(build_workflows.build(name)), "run tests/workflows/build_workflows.py"
+    assert text == graph.text_of(build_workflows.build(name)), "run tools/workflows/build_workflows.py"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,6 @@
 """What the hardware allows: rates of the units that the kernels lean on, bandwidths, what a launch costs, and the clock that is held meanwhile.
 
-    python tests/bench/bench_ceilings.py
+    python bench/bench_ceilings.py
 
 On any NVIDIA GPU from compute capability 8.0 on; each ceiling says where it exists. The kernels (ceilings_sm80.cuh, ceilings_sm90.cuh) are compiled
 here, by the first NVRTC that can. Operands are random: zeros draw less power and run at higher clocks.

@@ -1,10 +1,10 @@
 """The first minutes on a Hopper GPU: what the hardware allows, whether Hopper's own attention kernel is right, how fast each way to build it is, and
 how fast its peers are.
 
-    python tests/bench/bench_hopper.py                                  everything, about a quarter of an hour
-    python tests/bench/bench_hopper.py --short                          one length, the candidates that differ most, no peers
-    python tests/bench/bench_hopper.py --only ceilings,checks           some parts of it; the results of others, from an earlier run, stay
-    python tests/bench/bench_hopper.py --table results/<gpu>-hopper.json
+    python bench/bench_hopper.py                                  everything, about a quarter of an hour
+    python bench/bench_hopper.py --short                          one length, the candidates that differ most, no peers
+    python bench/bench_hopper.py --only ceilings,checks           some parts of it; the results of others, from an earlier run, stay
+    python bench/bench_hopper.py --table results/<gpu>-hopper.json
 
 Kernels are compiled here, by the NVRTC that PyTorch carries. What was found is written after every step: a run that is cut short loses little.
 """

@@ -1,6 +1,6 @@
 """Whole video and image models at their real size with random weights: a model call with dense attention against one with SpargeAttention.
 
-Run with `make bench-models`, or `python tests/bench/bench_models.py --models wan14b,flux --topk .5,.2 --steps 3`. Nothing is downloaded:
+Run with `make bench-models`, or `python bench/bench_models.py --models wan14b,flux --topk .5,.2 --steps 3`. Nothing is downloaded:
 ComfyUI's own classes are filled with noise on the GPU and called through ComfyUI's sampler. Noise has flat attention, so which blocks are kept
 means nothing and there is no picture to judge; how many are kept is what topk says, and so is the work. `--tiny` runs the same program on small
 models, on any machine. Needs torch, numpy, einops, psutil, tqdm, packaging, this project's kernels (`sparge_kernels`) and a ComfyUI tree; what
@@ -32,7 +32,7 @@ import bench_timing
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 TOPK = (0.5, 0.3, 0.2)
 DATA = (
@@ -233,7 +233,7 @@ def enter(device: torch.device) -> None:
     """Makes `comfy` importable where it is not yet."""
     if "comfy" in sys.modules:
         return
-    sys.path.append(str(ROOT / "tests/comfyui"))
+    sys.path.append(str(ROOT / "tools/comfyui"))
     import comfy_launch
     import install
 

@@ -2,7 +2,7 @@
 which the driver compiles for the GPU at hand. To a machine that reaches no package registry the same folder brings ComfyUI's Python files and the
 commit.
 
-    python tests/bench/bench_gpu.py --carry      makes .gpu for an H200 and lists what such a machine needs, with sizes
+    python bench/bench_gpu.py --carry      makes .gpu for an H200 and lists what such a machine needs, with sizes
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from sparge_kernels import config
 from sparge_kernels.cuda import build, loader, nvrtc
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".gpu"
 WORK = ROOT / "build" / "gpu"
 PACKAGES = ("torch", "numpy", "einops", "psutil", "tqdm", "packaging")
@@ -205,7 +205,7 @@ def point_to_comfyui() -> None:
 
 def copy_comfyui(to: Path) -> None:
     """The Python files of the ComfyUI tree in use: whole models need no more."""
-    sys.path.append(str(ROOT / "tests/comfyui"))
+    sys.path.append(str(ROOT / "tools/comfyui"))
     import install
 
     tree = install.comfyui_tree()
@@ -253,5 +253,5 @@ def _main() -> int:
     }.items()]  # fmt: skip
     for what, number in (*rows, ("in all", sum(number for _, number in rows))):
         print(f"{number / 2**20:7.2f} MiB  {what}")
-    print(f"Packages that Python has there: {', '.join(PACKAGES)}; a driver for CUDA 12.0 or newer. Then: python tests/bench/bench_gpu.py")
+    print(f"Packages that Python has there: {', '.join(PACKAGES)}; a driver for CUDA 12.0 or newer. Then: python bench/bench_gpu.py")
     return 0

@@ -1,6 +1,6 @@
 """Whole call of the torch backend, selection included, against PyTorch's dense attention: medians of alternating runs, as ratios.
 
-Run with `make bench-torch`, or `python tests/bench/bench_torch.py --tokens 16384 --heads 2 --dim 128 --runs 5`.
+Run with `make bench-torch`, or `python bench/bench_torch.py --tokens 16384 --heads 2 --dim 128 --runs 5`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The CUDA backend on this machine's GPU: is it right, how fast is it, against PyTorch's dense attention and every peer that is installed.
 
 Run with `make bench`, `make bench SHORT=1` (within a minute) or `make bench ACTIVATIONS=file.safetensors` (q, k, v of shape (B, H, S, D) from a
-model). Without a GPU it tells what a call costs on the host. `python tests/bench/bench.py --table results/<gpu>.json` prints an earlier result.
+model). Without a GPU it tells what a call costs on the host. `python bench/bench.py --table results/<gpu>.json` prints an earlier result.
 """
 
 from __future__ import annotations

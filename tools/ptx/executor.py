@@ -4,7 +4,7 @@
     monkeypatch.setattr(backend, "machine_of", lambda device: (machine, None))
     sparse_attention(q, k, v, backend="cuda")
 
-A second reading of the device code, independent of tests/emulator, which has functions of its own in place of the instructions that prim.cuh names:
+A second reading of the device code, independent of tools/emulator, which has functions of its own in place of the instructions that prim.cuh names:
 here they are executed themselves, with what the compiler made of everything else. An error of the device code raises RuntimeError: an
 access outside of the tensors or misaligned, a deadlock, a missing fence of the proxies, a descriptor with a wrong field, and the like. But for the
 proxies the executor is sequentially consistent, so that a missing fence between threads of the generic proxy is not seen.

@@ -3,7 +3,7 @@ overwrites what, as short programs.
 
     protocol = of(config.hopper_config(128))
 
-tests/ring/explorer.py runs these programs in every interleaving, tests/ring/test_kernel.py compares them with what the kernel does on the emulator.
+tools/ring/explorer.py runs these programs in every interleaving, tests/ring/test_kernel.py compares them with what the kernel does on the emulator.
 There are two programs: the producer's, and the consumers', which both warpgroups have with other hardware barriers.
 
 A program is a table of blocks. A block is a list of operations and what is done after it: a label, or one for each answer to a question that an

@@ -1,5 +1,5 @@
 // What the hardware allows an attention kernel on Hopper: matrix products of warpgroups and nothing else, copies to shared memory and nothing else.
-// Every block does `rounds` of the same work; tests/bench/bench_ceilings.py knows how much a round is.
+// Every block does `rounds` of the same work; bench/bench_ceilings.py knows how much a round is.
 #include <prim_sm90.cuh>
 
 #include <ceilings_prim.cuh>

@@ -1,16 +1,19 @@
-"""Takes the README's pictures of Sparge Monitor: `PYTHONPATH=tests/comfyui python tests/web/picture.py`, two minutes."""
+"""Takes the README's pictures of Sparge Monitor: `.venv/bin/python tools/web/picture.py`, two minutes."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-import chromium
-import comfy_server
-import demo_model
-import install
-import test_browser
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / folder) for folder in ("tools/comfyui", "tests/web")]  # what pyproject.toml gives to pytest
 
-FOLDER = install.ROOT / "web" / "docs"
+import chromium  # noqa: E402
+import comfy_server  # noqa: E402
+import demo_model  # noqa: E402
+import test_browser  # noqa: E402
+
+FOLDER = ROOT / "web" / "docs"
 MARGIN = 12
 
 

@@ -37,7 +37,7 @@ ROOT = HERE.parents[1]
 PRIMITIVES = {"prim.cuh": ("prim.cuh", "runtime.h"), "prim_sm90.cuh": ("prim_sm90.cuh", "runtime_sm90.h")}
 """Sources of the kernels that this folder has a form of its own of, with the files that such a form consists of."""
 SWITCH = "switch.h"
-"""How a host thread changes stacks, for this runtime and that of tests/ptx."""
+"""How a host thread changes stacks, for this runtime and that of tools/ptx."""
 RUNTIME = (
     "runtime.cpp",
     "runtime_launch.cpp",

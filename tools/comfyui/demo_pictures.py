@@ -1,4 +1,4 @@
-"""The pictures of the documents that come from `make demo`: `.venv/bin/python tests/comfyui/demo_pictures.py`, after it.
+"""The pictures of the documents that come from `make demo`: `.venv/bin/python tools/comfyui/demo_pictures.py`, after it.
 
 From the demo's videos: frames of the dense and the sparse one side by side, with their difference. The heat map is copied as it is.
 """

@@ -1,7 +1,7 @@
 """Reads what the first minutes on a GPU left: what ran, every table, and what to change next, the largest gain first.
 
-python tests/bench/read_gpu.py results/<gpu>-gpu.json
-python tests/bench/read_gpu.py --predictions                        floors and predictions, before any GPU
+python bench/read_gpu.py results/<gpu>-gpu.json
+python bench/read_gpu.py --predictions                        floors and predictions, before any GPU
 """
 
 from __future__ import annotations
@@ -153,19 +153,19 @@ _PLACES = (
     ("packaged", "kernels/cuda/src and kernels/cuda/manifest.json"),
     ("ptx", "kernels/cuda/src"),
     ("2^31", "kernels/cuda/src: offsets must be 64-bit"),
-    ("candidates", "tests/bench/bench_hopper.py"),
+    ("candidates", "bench/bench_hopper.py"),
     ("candidate", "kernels/cuda/src/attention_sm90.cuh"),
     ("sanitizer probe", "the step's log: whether compute-sanitizer runs on this machine at all"),
     ("sanitizer", "kernels/cuda/src"),
     ("speed", "kernels/backends/cuda.py and kernels/cuda/src"),
-    ("model", "tests/bench/bench_models.py and nodes"),
-    ("peer", "tests/bench/bench_peers.py"),
-    ("ceilings", "tests/bench/bench_ceilings.py"),
+    ("model", "bench/bench_models.py and nodes"),
+    ("peer", "bench/bench_peers.py"),
+    ("ceilings", "bench/bench_ceilings.py"),
 )
 
 
 def place_of(step: str) -> str:
-    return next((place for prefix, place in _PLACES if step.startswith(prefix)), "tests/bench")
+    return next((place for prefix, place in _PLACES if step.startswith(prefix)), "bench")
 
 
 def faults(reading: Reading) -> list[Entry]:
@@ -387,7 +387,7 @@ def host(reading: Reading) -> Entry:
 
 def models(reading: Reading) -> list[Entry]:
     """What attention still is of whole models."""
-    found, place = [], "tests/bench/bench_models.py for the rest of a model call"
+    found, place = [], "bench/bench_models.py for the rest of a model call"
     for row in reading.rows("model "):
         dense, sparse = row["dense"], min(row["sparse"], key=lambda part: abs(part["topk"] - TOPK), default=None)
         named = f"{row['title']}: attention takes {dense['attention_share']:.0%} of the dense call of {_number(dense['seconds']['median'])} s"

@@ -1,6 +1,6 @@
 """Instructions that one warp issues for one tile of an attention kernel, counted in the packaged binary: what bench_floors.py records.
 
-    python tests/bench/instruction_mix.py [--dim 128] [--arch sm_90] [--pv fp8] [--nvdisasm PATH]
+    python bench/instruction_mix.py [--dim 128] [--arch sm_90] [--pv fp8] [--nvdisasm PATH]
 
 The way through the loop is the shortest one that takes the integer maxima (no edge cuts the tile), all exponentials, both products (the tile is not
 dropped), and the copies of a later tile where the same warps start them. nvdisasm comes with the CUDA toolkit, with Triton, or as

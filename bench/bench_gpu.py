@@ -1,9 +1,9 @@
 """The first ten minutes on an NVIDIA GPU: every question that only a GPU can answer, the most valuable first, within nine minutes.
 
-    make gpu                                     (or: python tests/bench/bench_gpu.py, where Python has torch already)
+    make gpu                                     (or: python bench/bench_gpu.py, where Python has torch already)
     make gpu-carry                               what another machine needs for it, made and listed with its size
     make gpu-rehearsal                           all of it on an emulated GPU, with a hang, a crash, a fault and a lack of memory put in
-    python tests/bench/read_gpu.py FILE          the tables of a result, and what to change next
+    python bench/read_gpu.py FILE          the tables of a result, and what to change next
 
 Every step is a process with a time limit of its own: what hangs or crashes costs that step alone and is reported. The result is written after every
 step; the same command again goes on where the last run ended, for the same sources on the same GPU. This program itself imports no torch and opens no

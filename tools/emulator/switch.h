@@ -1,4 +1,4 @@
-// How a host thread goes from one stack to another on x86-64: both the emulator and the executor of tests/ptx run the device's threads in turns so.
+// How a host thread goes from one stack to another on x86-64: both the emulator and the executor of tools/ptx run the device's threads in turns so.
 // For one unit of a library.
 #pragma once
 #include <stdint.h>

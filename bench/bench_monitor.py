@@ -1,6 +1,6 @@
 """What SpargeMonitor costs: the demo model sampled with and without it in turns, and the time spent in the monitor's own code.
 
-Run with `make bench-monitor`, or `python tests/bench/bench_monitor.py --frames 16 --steps 12 --runs 5`. The monitor does not time dense attention
+Run with `make bench-monitor`, or `python bench/bench_monitor.py --frames 16 --steps 12 --runs 5`. The monitor does not time dense attention
 here: what that takes is shown on the node.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import bench_torch
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 AIM = 0.01  # of the time of a step
 NAME = "sparge_pack_in_bench"
 
@@ -63,7 +63,7 @@ def main() -> None:
     for name, default, text in (("frames", 8, "latent frames of 520 tokens"), ("steps", 4, "a run"), ("runs", 3, "of each kind")):
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
     options = parser.parse_args()
-    sys.path.append(str(ROOT / "tests/comfyui"))
+    sys.path.append(str(ROOT / "tools/comfyui"))
     import comfy_launch
     import install
 

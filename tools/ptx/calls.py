@@ -1,4 +1,4 @@
-"""Whole calls of the public functions that the PTX of the kernels is run through. What they must give stands in tests/emulator/whole_call.py.
+"""Whole calls of the public functions that the PTX of the kernels is run through. What they must give stands in tools/emulator/whole_call.py.
 
 calls.run(machine, ("sm_90", "fp8"), calls.PLAIN["topk"](64))
 """

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 LOG_LINES = 40
 
 OK, WRONG, HANG, CRASH, FAULT, MEMORY, FAILED, NO_TIME, NOT_HERE = (
@@ -261,7 +261,7 @@ class Run:
 def sources() -> str:
     """Digest of everything that a result depends on here: the package and these programs."""
     whole = hashlib.sha256()
-    for folder in ("kernels", "nodes", "tests/bench"):
+    for folder in ("kernels", "nodes", "bench"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".cuh", ".json", ".z") and "results" not in path.parts and path.is_file():
                 whole.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())

@@ -1,6 +1,6 @@
 // What the hardware allows, one kernel for each unit that the kernels lean on: mma.sync products with operands in registers, exponentials,
 // conversions, 16-byte copies out of the L2 cache, and a kernel that does nothing. sm_80 and above; e4m3: sm_89.
-// One block of 256 threads (two warps a scheduler) for each multiprocessor does `rounds` of the same work; tests/bench/bench_ceilings.py knows how
+// One block of 256 threads (two warps a scheduler) for each multiprocessor does `rounds` of the same work; bench/bench_ceilings.py knows how
 // much a round is. Registers only: data come once from p.data, sums go once to p.out.
 #include <ceilings_prim.cuh>
 

@@ -1,4 +1,4 @@
-"""Writes workflows/*.jpg: every graph as ComfyUI's front end draws it, in Chromium. `.venv/bin/python tests/workflows/thumbnails.py [NAME ...]`."""
+"""Writes workflows/*.jpg: every graph as ComfyUI's front end draws it, in Chromium. `.venv/bin/python tools/workflows/thumbnails.py [NAME ...]`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "web"), str(HERE.parent / "comfyui")]  # what pyproject.toml gives to pytest
+sys.path[:0] = [str(HERE.parent / "web"), str(HERE.parent / "comfyui"), str(HERE.parents[1] / "tests" / "web")]  # what pyproject.toml gives to pytest
 
 import build_workflows  # noqa: E402
 import canvas  # noqa: E402

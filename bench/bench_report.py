@@ -15,7 +15,7 @@ from bench_torch import machine as host
 from sparge_kernels import __version__, config
 from sparge_kernels.cuda import driver
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 _SMI = "driver_version,power.limit,power.draw,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu"
 
 

@@ -1,4 +1,4 @@
-"""An emulated H200 for bench_gpu.py: the steps are the real ones and so are the kernels, on the CPU (tests/emulator), with tiny calls and a clock
+"""An emulated H200 for bench_gpu.py: the steps are the real ones and so are the kernels, on the CPU (tools/emulator), with tiny calls and a clock
 that counts launches; and the accidents that a GPU may have, put into the steps that are named."""
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _dense(now: list[float]) -> Callable:
 @contextlib.contextmanager
 def pretended() -> Iterator[Callable]:
     """Inside, everything that a step asks of a GPU is answered by an emulated one; gives what stands in for gpu_steps.here."""
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "emulator"))
+    sys.path.append(str(bench_report.ROOT / "tools" / "emulator"))
     import samples
 
     now = [0.0]
