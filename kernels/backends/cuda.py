@@ -26,7 +26,7 @@ from ..block_mask import BLOCK_K, BLOCK_Q, KeptBlocks, num_blocks
 from ..call import Availability, Call, Form, Kind, Result, Rule, SelfTest
 from ..cuda import driver, loader, prepare, workspace
 from ..cuda.prepare import Inputs
-from ..cuda.workspace import Target, Workspace
+from ..cuda.workspace import Binaries, Workspace
 
 quantised = True
 skips_pv = True
@@ -56,7 +56,7 @@ def _declined(device: torch.device, dtype: torch.dtype, width: int | None, maske
         return reason
     if dtype not in _DTYPES:
         return f"{dtype} is none of the types that its kernels read (float16, bfloat16, float32)"
-    return None if width is None else machine.missing(_target_of(machine, width, dtype, masked).binaries)
+    return None if width is None else machine.missing(_binaries(machine.arch, machine.pv, width, dtype, masked).variants)
 
 
 # What a machine has does not change while a compiled function lives: torch.compile takes the answer as it is, as with
@@ -73,8 +73,8 @@ def status() -> Availability:
     for index in range(count):
         machine, text = machine_of(torch.device("cuda", index))
         if machine is not None:
-            usual = _target_of(machine, config.DIMS[-1], torch.float16, False)
-            text = machine.missing(usual.binaries)
+            usual = _binaries(machine.arch, machine.pv, config.DIMS[-1], torch.float16, False)
+            text = machine.missing(usual.variants)
             if text is None:
                 available, text = True, f"{machine.arch}, {machine.kernel(usual.attention, usual.attention.symbols[0]).origin}{machine.note}"
         told.append(f"{torch.cuda.get_device_name(index)}: {text}")
@@ -179,16 +179,12 @@ def _persistent(arch: str, pv: str) -> bool:
     return config.on_hopper_kernel(arch, pv)
 
 
-def _target_of(machine: Machine, dim: int, dtype: torch.dtype, masked: bool) -> Target:
-    return _target(machine.arch, machine.pv, machine.processors, dim, dtype, masked)
-
-
 @lru_cache(maxsize=256)
-def _target(arch: str, pv: str, processors: int, dim: int, dtype: torch.dtype, masked: bool) -> Target:
+def _binaries(arch: str, pv: str, dim: int, dtype: torch.dtype, masked: bool) -> Binaries:
     dim = config.padded_dim(dim)
     found = {variant.name: variant for variant in config.variants(arch)}
-    attention = config.attention_variant(arch, dim, pv, masked)
-    return Target(processors, pv, found[config.prepass_name(dim, _DTYPES[dtype])], found[config.select_name(dim)], attention, _persistent(arch, pv))
+    prepass, selection = found[config.prepass_name(dim, _DTYPES[dtype])], found[config.select_name(dim)]
+    return Binaries(pv, prepass, selection, config.attention_variant(arch, dim, pv, masked), _persistent(arch, pv))
 
 
 class Machine:
@@ -308,7 +304,8 @@ def _carved(machine: Machine, call: Call, rule: Rule, inputs: Inputs) -> Workspa
     key = (machine.arch, machine.pv, machine.processors, *workspace.key(call, rule, inputs))
     found = _CARVED.get(key)
     if found is None:
-        found = workspace.carve(call, rule, inputs, _target_of(machine, call.dim, call.dtype, call.key_mask is not None))
+        binaries = _binaries(machine.arch, machine.pv, call.dim, call.dtype, call.key_mask is not None)
+        found = workspace.carve(call, rule, inputs, binaries, machine.processors)
         if len(_CARVED) >= _MOST_CARVED:
             _CARVED.pop(next(iter(_CARVED)), None)
         _CARVED[key] = found

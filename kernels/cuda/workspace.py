@@ -31,10 +31,9 @@ MOST_BLOCKS = 1 << 16
 """What 16 bits can name."""
 
 
-class Target(NamedTuple):
-    """What a call runs on: multiprocessors, how P and V are held, its binaries, and whether the attention kernel is persistent."""
+class Binaries(NamedTuple):
+    """The binaries of a call, how they hold P and V, and whether the attention kernel is persistent."""
 
-    processors: int
     pv: str
     prepass: config.Variant
     selection: config.Variant
@@ -42,7 +41,7 @@ class Target(NamedTuple):
     persistent: bool
 
     @property
-    def binaries(self) -> tuple[config.Variant, ...]:
+    def variants(self) -> tuple[config.Variant, ...]:
         """All of them."""
         return self.prepass, self.selection, self.attention
 
@@ -124,7 +123,7 @@ class _Structs(NamedTuple):
 
 
 def key(call: Call, rule: Rule, inputs: prepare.Inputs) -> tuple:
-    """What `carve` depends on beside its target: all of a call, but of tensors only how they lie, and of numbers only what follows from them."""
+    """What `carve` depends on beside the machine: all of a call, but of tensors only how they lie, and of numbers only what follows from them."""
     fields = [
         (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else float if isinstance(x, float) else x
         for x in (*vars(call).values(), *vars(rule).values())
@@ -165,32 +164,32 @@ class _Cut(NamedTuple):
     sorted: bool
 
 
-def _cut(call: Call, rule: Rule, target: Target, attends: bool) -> _Cut:
+def _cut(call: Call, rule: Rule, processors: int, attends: bool, persistent: bool) -> _Cut:
     n_q = num_blocks(call.s_q, BLOCK_Q)
     # A share of the blocks that is the same for all rows gives lists of one length, but for rows that keep everything: nothing to gain by sorting.
     vary = rule.block_map is not None or rule.cdf is not None or rule.judged
-    persistent = attends and target.persistent
+    persistent = attends and persistent
     return _Cut(
         config.padded_dim(call.dim),
         n_q,
         num_blocks(call.s_k, BLOCK_K),
         capacity(call, rule),
-        *_splits(call.s_k, call.batch * call.kv_heads, target.processors),
-        min(call.batch * call.heads * num_blocks(n_q, TASK_BLOCKS), 2 * target.processors),
+        *_splits(call.s_k, call.batch * call.kv_heads, processors),
+        min(call.batch * call.heads * num_blocks(n_q, TASK_BLOCKS), 2 * processors),
         attends,
         persistent,
         persistent and vary and 1 < n_q <= MOST_BLOCKS,
     )
 
 
-def carve(call: Call, rule: Rule, inputs: prepare.Inputs, target: Target) -> Workspace:
+def carve(call: Call, rule: Rule, inputs: prepare.Inputs, binaries: Binaries, processors: int) -> Workspace:
     """Cuts the work and carves the workspace."""
-    cut = _cut(call, rule, target, inputs.v is not None)
+    cut = _cut(call, rule, processors, inputs.v is not None, binaries.persistent)
     given = prepare.given(call, rule)
     found = _found(call, cut)
     returned = ("lists", "counts", "visible") if not cut.attends else tuple(found) if call.want_info else ()
     results = {name: found[name] for name in returned}
-    wanted = _between(call, rule, cut, target.pv) | {name: form for name, form in found.items() if name not in results}
+    wanted = _between(call, rule, cut, binaries.pv) | {name: form for name, form in found.items() if name not in results}
     if call.want_lse and cut.attends:
         results["lse"] = Form((call.batch, call.heads, call.s_q), torch.float32)
     buffers, end = {}, 0
@@ -200,8 +199,8 @@ def carve(call: Call, rule: Rule, inputs: prepare.Inputs, target: Target) -> Wor
 
     outside = ("q", "k", "v", *(("out",) if cut.attends else ()), *given.readable, *(("perm",) if call.perm is not None else ()), *results)
     shared, in_shared = config.select_shared(cut.width, cut.n_k)
-    launches = _launches(call, cut, target, shared)
-    values = _sizes(call, rule, cut, target.pv) | _strides(rule, inputs, given) | {"row_in_shared": int(in_shared)}
+    launches = _launches(call, cut, binaries, processors, shared)
+    values = _sizes(call, rule, cut, binaries.pv) | _strides(rule, inputs, given) | {"row_in_shared": int(in_shared)}
     structs = _structs(launches, values, {name: buffer.offset for name, buffer in buffers.items()}, outside)
     return Workspace(end, buffers, results, outside, tuple(given.copied), launches, cut.splits, structs)
 
@@ -268,19 +267,19 @@ def _row_shift(call: Call, width: int, n_k: int) -> dict[str, Form]:
     return wanted
 
 
-def _launches(call: Call, cut: _Cut, target: Target, select_shared: int) -> tuple[Launch, ...]:
+def _launches(call: Call, cut: _Cut, binaries: Binaries, processors: int, select_shared: int) -> tuple[Launch, ...]:
     q_heads, kv_heads = call.batch * call.heads, call.batch * call.kv_heads
     items = q_heads * cut.n_q
     launches = [
-        Launch("sparge_statistics", target.prepass, kv_heads * cut.splits, target.prepass.shared),
-        Launch("sparge_prepass", target.prepass, items + kv_heads * cut.n_k, target.prepass.shared),
-        Launch("sparge_select", target.selection, cut.tasks, select_shared),
+        Launch("sparge_statistics", binaries.prepass, kv_heads * cut.splits, binaries.prepass.shared),
+        Launch("sparge_prepass", binaries.prepass, items + kv_heads * cut.n_k, binaries.prepass.shared),
+        Launch("sparge_select", binaries.selection, cut.tasks, select_shared),
     ]
     if cut.sorted:
-        launches.append(Launch("sparge_sequence", target.selection, q_heads, 0))
+        launches.append(Launch("sparge_sequence", binaries.selection, q_heads, 0))
     if cut.attends:
-        grid = min(target.processors, items) if cut.persistent else items
-        launches.append(Launch(target.attention.symbols[0], target.attention, grid, target.attention.shared))
+        grid = min(processors, items) if cut.persistent else items
+        launches.append(Launch(binaries.attention.symbols[0], binaries.attention, grid, binaries.attention.shared))
     return tuple(launches)
 
 

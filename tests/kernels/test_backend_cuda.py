@@ -322,8 +322,8 @@ def carved(*, q_shape=(2, 4, 333, 40), k_shape=(2, 2, 1000, 40), rule=None, pv="
     found = {variant.name: variant for variant in config.variants("sm_90")}
     dim = config.padded_dim(q_shape[3])
     attention = config.attention_variant("sm_90", dim, pv, masked)
-    target = workspace.Target(processors, pv, found[f"prepass_d{dim}_float16"], found[f"select_d{dim}"], attention, pv == "fp8")
-    return workspace.carve(call_of(q, k, key_mask=mask, **options), rule or Rule(0.3), prepare.Inputs(q, k, k), target)
+    binaries = workspace.Binaries(pv, found[f"prepass_d{dim}_float16"], found[f"select_d{dim}"], attention, pv == "fp8")
+    return workspace.carve(call_of(q, k, key_mask=mask, **options), rule or Rule(0.3), prepare.Inputs(q, k, k), binaries, processors)
 
 
 @pytest.mark.parametrize("want_info", [False, True], ids=["", "info"])
