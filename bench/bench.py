@@ -84,6 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"{name}: {value if not isinstance(value, dict) else ', '.join(f'{k} {v}' for k, v in value.items()) or 'not there'}")
     cost = {"stub": bench_host.cost(bench_host.StubMachine(), torch.device("cpu"))}
     say(f"host, against a stub driver: {bench_host.sentence(cost['stub'])}")
+    for line in bench_host.table(cost["stub"]):
+        say(line)
     if machine is None:
         why = "there is no GPU that PyTorch can use" if device.type == "cpu" else reason
         say(f"Nothing else was measured, because {why}.")

@@ -7,14 +7,18 @@ import ctypes
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import sparge_kernels
 import torch
 from bench_timing import using
-from sparge_kernels.cuda import driver
+from sparge_kernels import attention, checks, ops
+from sparge_kernels.backends import cuda as backend
+from sparge_kernels.cuda import driver, workspace
 
-AIM_US = 40
+AIM_US = 100
 CALLS, REPEATS = 20, 60
 
 
@@ -51,52 +55,125 @@ class StubMachine:
         return 0
 
 
-class _Stopwatch:
-    """A machine whose launches are timed on the host."""
+class _Counted:
+    """A machine whose launches are counted."""
 
     def __init__(self, machine):
-        self.machine, self.seconds, self.launches = machine, 0.0, 0
+        self.machine, self.launches = machine, 0
 
     def __getattr__(self, name: str):
         return getattr(self.machine, name)
 
     def launch(self, *arguments) -> None:
-        start = time.perf_counter()
         self.machine.launch(*arguments)
-        self.seconds += time.perf_counter() - start
         self.launches += 1
 
 
-def cost(machine, device: torch.device) -> dict[str, float]:
-    """Microseconds on the host of a whole call and of one launch, and launches per call.
+@dataclass
+class Part:
+    """Work of a call: what does it, and the seconds that took, less those of other parts inside of it."""
 
-    The least of REPEATS batches, which is what the code takes; the median ("call_median_us") also has what else the machine was doing.
+    name: str
+    functions: tuple[tuple[object, str], ...]
+    seconds: float = 0.0
+
+
+def _parts() -> list[Part]:
+    return [
+        Part("checks, making of Call and Rule", ((checks, "tensors"), (attention, "_rule"), (attention, "_call"))),
+        Part("choice of the backend", ((attention, "choose"),)),
+        Part("finding the known workspace", ((backend, "_carved"),)),
+        Part("allocations", ((backend, "_empty"), (backend, "_empty_like"))),
+        Part("structs of the kernels", ((workspace.Workspace, "structs"),)),
+        Part("launches", ((_Counted, "launch"),)),
+    ]
+
+
+@contextlib.contextmanager
+def _timed(parts: list[Part]) -> Iterator[None]:
+    """Inside, every function of the parts adds to its part what it takes."""
+    inside = [0.0]  # seconds of the functions that the running one called
+
+    def timed(part: Part, function: Callable) -> Callable:
+        def run(*arguments, **more):
+            before, inside[0] = inside[0], 0.0
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **more)
+            finally:
+                taken = time.perf_counter() - start
+                part.seconds += taken - inside[0]
+                inside[0] = before + taken
+
+        return run
+
+    with contextlib.ExitStack() as undo:
+        for part in parts:
+            for owner, name in part.functions:
+                function = getattr(owner, name)
+                undo.callback(setattr, owner, name, function)
+                setattr(owner, name, timed(part, function))
+        yield
+
+
+@contextlib.contextmanager
+def _through_the_operator() -> Iterator[None]:
+    """Inside, calls go through the operators, as compiled ones do."""
+    before, ops._watched = ops._watched, lambda q: True
+    try:
+        yield
+    finally:
+        ops._watched = before
+
+
+def cost(machine, device: torch.device) -> dict:
+    """Microseconds on the host of a whole call, of its parts ("parts_us") and of one launch, and launches per call; what `return_info` and going
+    through the operator add.
+
+    The least of REPEATS batches, which is what the code takes; the median ("call_median_us") also has what else the machine was doing. A part has the
+    clock's own time in it.
     """
     q, k, v = (torch.randn(1, 2, 1024, 64, device=device).bfloat16() for _ in range(3))
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
-    def repeat(used) -> float:
+    def repeat(used, **options) -> float:
         with using(used):
             wait()
             start = time.perf_counter()
             for _ in range(CALLS):  # fewer launches than a GPU's queue holds: none waits for the GPU
-                sparge_kernels.sparse_attention(q, k, v, topk=0.25, backend="cuda")
+                sparge_kernels.sparse_attention(q, k, v, topk=0.25, backend="cuda", **options)
             taken = time.perf_counter() - start
             wait()
         return taken / CALLS * 1e6
 
+    def more(**options) -> float:
+        return min(repeat(machine, **options) for _ in range(REPEATS)) - min(whole)
+
     repeat(machine)
     whole = [repeat(machine) for _ in range(REPEATS)]
-    launch = []
+    counted, found = _Counted(machine), {}
     for _ in range(REPEATS):
-        stopwatch = _Stopwatch(machine)
-        repeat(stopwatch)
-        launch.append(stopwatch.seconds / stopwatch.launches * 1e6)
-    return {"call_us": min(whole), "call_median_us": statistics.median(whole), "launch_us": min(launch), "launches": stopwatch.launches / CALLS}
+        parts = _parts()
+        with _timed(parts):
+            repeat(counted)
+        for part in parts:
+            found.setdefault(part.name, []).append(part.seconds / CALLS * 1e6)
+    parts_us = {name: min(values) for name, values in found.items()}
+    launches = counted.launches / CALLS / REPEATS
+    costs = {"call_us": min(whole), "call_median_us": statistics.median(whole), "launch_us": parts_us["launches"] / launches, "launches": launches}
+    with _through_the_operator():
+        costs["operator_us"] = more()
+    return {**costs, "info_us": more(return_info=True), "parts_us": {**parts_us, "the rest": max(0.0, min(whole) - sum(parts_us.values()))}}
 
 
-def sentence(what: dict[str, float]) -> str:
+def sentence(what: dict) -> str:
     return (
         f"{what['call_us']:.0f} us a call (aim: below {AIM_US}; median {what['call_median_us']:.0f}), {what['launch_us']:.1f} us each of "
         f"{what['launches']:.0f} launches; the least of {REPEATS} times {CALLS} calls"
     )
+
+
+def table(what: dict) -> list[str]:
+    """Where the time goes, a line a part."""
+    rows = {**what["parts_us"], "return_info=True adds": what["info_us"], "the operator, in a compiled model, adds": what["operator_us"]}
+    return [f"  {name}: {value:.1f} us" for name, value in rows.items()]

@@ -281,30 +281,37 @@ def _rule(heads: int, device: torch.device, topk, cdfthreshd, simthreshd1, score
 
 def _call(q: Tensor, k: Tensor, **given) -> Call:
     """The call of q and k, from the caller's arguments by name; those that a function does not have are as if left out."""
-    s_q, s_k, dim = q.shape[2], k.shape[2], q.shape[3]
+    batch, heads, s_q, dim = q.shape
+    s_k, device = k.shape[2], q.device
     causal = checks.flag("causal", given["causal"])
     offset = checks.causal_offset(causal, given["causal_offset"])
     order = checks.order(given["order"], s_q, s_k, causal)
     keep_q, keep_k = checks.always_keep(given.get("always_keep"), s_q, s_k)
     key_mask = checks.key_mask(given["key_mask"], k)
-    pv = checks.number("pvthreshd", given.get("pvthreshd", 15.0), checks.PV, q.shape[1])
-    kind = Kind(q.device, checks.backend(given["backend"]), q.dtype, dim, s_k, key_mask is not None)
-    options = {
-        "backend": choose(kind),
-        "scale": checks.scale(given["scale"], dim),
-        "causal": causal,
-        "causal_offset": offset,
-        "smooth_k": checks.flag("smooth_k", given["smooth_k"]),
-        "pvthreshd": pv.to(q.device) if isinstance(pv, Tensor) else pv,
-        "compensate": checks.flag("compensate", given.get("compensate", False)),
-        "want_lse": checks.flag("return_lse", given.get("return_lse", False)),
-        "want_info": checks.flag("return_info", given.get("return_info", False)),
-        "keep_q": keep_q,
-        "keep_k": keep_k,
-        "perm": None if order is None else order.on(q.device),
-        "key_mask": key_mask,
-    }
-    return Call.of(q, k, **options)
+    pv = checks.number("pvthreshd", given.get("pvthreshd", 15.0), checks.PV, heads)
+    return Call(
+        device,
+        q.dtype,
+        batch,
+        heads,
+        k.shape[1],
+        s_q,
+        s_k,
+        dim,
+        choose(Kind(device, checks.backend(given["backend"]), q.dtype, dim, s_k, key_mask is not None)),
+        checks.scale(given["scale"], dim),
+        causal,
+        offset,
+        smooth_k=checks.flag("smooth_k", given["smooth_k"]),
+        pvthreshd=pv.to(device) if isinstance(pv, Tensor) else pv,
+        compensate=checks.flag("compensate", given.get("compensate", False)),
+        want_lse=checks.flag("return_lse", given.get("return_lse", False)),
+        want_info=checks.flag("return_info", given.get("return_info", False)),
+        keep_q=keep_q,
+        keep_k=keep_k,
+        perm=None if order is None else order.on(device),
+        key_mask=key_mask,
+    )
 
 
 def _returned(call: Call, result: Result, layout: str):

@@ -5,8 +5,7 @@ Both are made once, by the public functions, from checked arguments. A backend t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -28,8 +27,7 @@ class Kind(NamedTuple):
     masked: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class Rule:
+class Rule(NamedTuple):
     """What decides the kept blocks; each number may be a per-head tensor (H,) of any dtype, which counts as fp32.
 
     Attributes
@@ -61,8 +59,7 @@ class Rule:
         return self.topk if alone else None
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
+class Call(NamedTuple):
     """One attention call but for q, k, v and its rule.
 
     The first eight fields are what q (B, H, S_q, D) and k (B, H_kv, S_k, D) are like; the others are the arguments of `sparse_attention`, checked.
@@ -108,6 +105,10 @@ class Call:
         """The call of q (B, H, S_q, D) and k (B, H_kv, S_k, D); `rest` and `more` are the fields from `backend` on."""
         batch, heads, s_q, dim = q.shape
         return cls(q.device, q.dtype, batch, heads, k.shape[1], s_q, k.shape[2], dim, *rest, **more)
+
+
+HINTS = get_type_hints(Rule) | get_type_hints(Call)
+"""Field -> its type; no name is a field of both."""
 
 
 class Form(NamedTuple):

@@ -27,32 +27,12 @@ def tensors(q: Tensor, k: Tensor, v: Tensor | None, layout: str) -> tuple[Tensor
     """Checks q, k, v and returns them as (B, H, S, D) views."""
     if layout not in ("HND", "NHD"):
         raise ValueError(f"layout must be 'HND' (B, H, S, D) or 'NHD' (B, S, H, D), got {layout!r}")
-    named = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
-    for name, x in named.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}; convert it first")
-        if x.dim() != 4:
-            raise ValueError(
-                f"{name} must have 4 dimensions ({layout}: {'B, H, S, D' if layout == 'HND' else 'B, S, H, D'}), got shape {tuple(x.shape)}"
-            )
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float16, bfloat16 or float32, got {x.dtype}; convert it first")
-        if min(x.shape) < 1:
-            raise ValueError(f"{name} must have no empty dimension, got shape {tuple(x.shape)}; an empty sequence has no attention")
-        if x.shape[-1] > MAX_HEAD_DIM:
-            raise ValueError(f"head_dim must be 1 to {MAX_HEAD_DIM}, got {x.shape[-1]} in {name}; use dense attention")
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tuple(x.stride())}; call {name}.contiguous()")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise TypeError(
-                f"q, k and v must share dtype and device, got {q.dtype} on {q.device} for q and {x.dtype} on {x.device} for {name}; use {name}.to(q)"
-            )
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError(f"{name} must not require grad: there is no backward; call it under torch.no_grad() or detach it")
+    named = (("q", q), ("k", k)) if v is None else (("q", q), ("k", k), ("v", v))
+    for name, x in named:
+        _tensor(name, x, q, layout)
     if layout == "NHD":
-        named = {name: x.transpose(1, 2) for name, x in named.items()}
-    q, k, v = named["q"], named["k"], named.get("v")
-    if q.shape[3] > 1 and any(size > 1 and stride == 1 for size, stride in zip(q.shape[:3], q.stride()[:3], strict=True)):
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), None if v is None else v.transpose(1, 2)
+    if 1 in q.stride()[:3] and q.shape[3] > 1 and any(size > 1 and stride == 1 for size, stride in zip(q.shape[:3], q.stride()[:3], strict=True)):
         q = q.contiguous()  # overlapping rows: the output, made like q, would not be contiguous in its last dimension
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(f"k must have q's batch and head_dim, got {_axes(q)} for q and {_axes(k)} for k; pass tensors of one call")
@@ -61,6 +41,29 @@ def tensors(q: Tensor, k: Tensor, v: Tensor | None, layout: str) -> tuple[Tensor
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"the number of q heads must be a multiple of the k/v heads (GQA), got {q.shape[1]} and {k.shape[1]}; repeat k and v")
     return q, k, v
+
+
+def _tensor(name: str, x: Tensor, q: Tensor, layout: str) -> None:
+    """Refuses what none of q, k and v may be, alone or beside q."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}; convert it first")
+    shape = x.shape
+    if len(shape) != 4:
+        raise ValueError(f"{name} must have 4 dimensions ({layout}: {'B, H, S, D' if layout == 'HND' else 'B, S, H, D'}), got shape {tuple(shape)}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16 or float32, got {x.dtype}; convert it first")
+    if 0 in shape:
+        raise ValueError(f"{name} must have no empty dimension, got shape {tuple(shape)}; an empty sequence has no attention")
+    if shape[3] > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be 1 to {MAX_HEAD_DIM}, got {shape[3]} in {name}; use dense attention")
+    if shape[3] > 1 and x.stride(3) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tuple(x.stride())}; call {name}.contiguous()")
+    if x.dtype != q.dtype or x.device != q.device:
+        raise TypeError(
+            f"q, k and v must share dtype and device, got {q.dtype} on {q.device} for q and {x.dtype} on {x.device} for {name}; use {name}.to(q)"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} must not require grad: there is no backward; call it under torch.no_grad() or detach it")
 
 
 def _axes(x: Tensor) -> str:

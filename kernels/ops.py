@@ -12,56 +12,62 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import nullcontext
-from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from .backends import TABLE
 from .block_mask import BLOCK_K, BLOCK_Q, KeptBlocks, num_blocks
-from .call import Call, Result, Rule
+from .call import HINTS, Call, Result, Rule
 
 NAMESPACE = "sparge_" + hashlib.sha1(__package__.encode()).hexdigest()[:8]
 
-_OF_RULE, _OF_CALL = fields(Rule), fields(Call)[8:]
-_RULE_NAMES, _CALL_NAMES = (tuple(item.name for item in items) for items in (_OF_RULE, _OF_CALL))
-_PER_HEAD = tuple(i for i, item in enumerate(_OF_RULE + _OF_CALL) if item.type.startswith("float | Tensor"))
-_RANGES = tuple(i for i, item in enumerate(_OF_RULE + _OF_CALL) if item.type.startswith("tuple"))
-_TYPES = {"float | Tensor": "float?", "float | Tensor | None": "float?", "Tensor | None": "Tensor?", "tuple[int, ...]": "int[]"}
-"""Types of fields that an operator calls otherwise."""
-SCHEMA = ", ".join(
-    [f"{_TYPES.get(item.type, item.type)} {item.name}" for item in _OF_RULE + _OF_CALL]
-    + [f"Tensor? {(_RULE_NAMES + _CALL_NAMES)[i]}_heads" for i in _PER_HEAD]
-)
+_OF_TENSORS = Call._fields.index("backend")
+"""Fields of a call that q and k tell."""
+_FIELDS = (*Rule._fields, *Call._fields[_OF_TENSORS:])
+_PER_HEAD_TYPES = (float | Tensor, float | Tensor | None)
+_TYPES = {float: "float", bool: "bool", int: "int", str: "str", tuple[int, ...]: "int[]", Tensor | None: "Tensor?"}
+_TYPES |= dict.fromkeys(_PER_HEAD_TYPES, "float?")
+"""Type of a field -> what a schema calls it."""
+_PER_HEAD = tuple(i for i, name in enumerate(_FIELDS) if HINTS[name] in _PER_HEAD_TYPES)
+_RANGES = tuple(i for i, name in enumerate(_FIELDS) if _TYPES[HINTS[name]] == "int[]")
+SCHEMA = ", ".join([f"{_TYPES[HINTS[name]]} {name}" for name in _FIELDS] + [f"Tensor? {_FIELDS[i]}_heads" for i in _PER_HEAD])
 
 
 def pack(call: Call, rule: Rule) -> list:
     """The arguments of the operators that come after q, k and v."""
-    flat = [getattr(rule, name) for name in _RULE_NAMES] + [getattr(call, name) for name in _CALL_NAMES]
+    flat = [*rule, *call[_OF_TENSORS:]]
     for i in _PER_HEAD:
-        per_head = isinstance(flat[i], Tensor)
-        flat.append(flat[i] if per_head else None)
-        flat[i] = None if per_head else flat[i]
+        if isinstance(flat[i], Tensor):
+            flat.append(flat[i])
+            flat[i] = None
+        else:
+            flat.append(None)
     return flat
 
 
 def unpack(q: Tensor, k: Tensor, packed: tuple) -> tuple[Call, Rule]:
     """What `pack` was given; an operator has its tuples as lists."""
-    flat = list(packed[: -len(_PER_HEAD)])
-    for i, per_head in zip(_PER_HEAD, packed[-len(_PER_HEAD) :], strict=True):
-        flat[i] = flat[i] if per_head is None else per_head
+    flat = list(packed[: len(_FIELDS)])
+    for i, per_head in zip(_PER_HEAD, packed[len(_FIELDS) :], strict=True):
+        if per_head is not None:
+            flat[i] = per_head
     for i in _RANGES:
         flat[i] = tuple(flat[i])
-    return Call.of(q, k, *flat[len(_OF_RULE) :]), Rule(*flat[: len(_OF_RULE)])
+    return Call.of(q, k, *flat[len(Rule._fields) :]), Rule(*flat[: len(Rule._fields)])
 
 
 def select(call: Call, rule: Rule, q: Tensor, k: Tensor) -> KeptBlocks:
     """The blocks that `rule` keeps."""
+    if not _watched(q):
+        return _select(call, rule, q, k)
     return KeptBlocks(*_select_operator(q, k, *pack(call, rule)), num_blocks(call.s_k, BLOCK_K))
 
 
 def attend(call: Call, rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> Result:
     """Attention over the blocks that `rule` keeps."""
+    if not _watched(q):
+        return _attend(call, rule, q, k, v)
     out, *rest = _attend_operator(q, k, v, *pack(call, rule))
     lse = rest[0] if call.want_lse else None
     if not call.want_info:
@@ -70,23 +76,32 @@ def attend(call: Call, rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> Result:
     return Result(out, lse, KeptBlocks(*kept, num_blocks(call.s_k, BLOCK_K)), pv_tiles)
 
 
-def _select(q: Tensor, k: Tensor, *flat) -> tuple[Tensor, Tensor, Tensor]:
-    call, rule = unpack(q, k, flat)
+def _watched(q: Tensor) -> bool:
+    """Whether anybody but the backend is to see the call: a compiler, a tracer, a mode, a kind of tensor. Operators cost 15 us, a fifth of a call."""
+    compiled = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return compiled or torch._C._len_torch_dispatch_stack() > 0 or type(q) is not Tensor
+
+
+def _select(call: Call, rule: Rule, q: Tensor, k: Tensor) -> KeptBlocks:
     with _as_given(call):
-        kept = TABLE[call.backend].select(call, rule, q, k)
+        return TABLE[call.backend].select(call, rule, q, k)
+
+
+def _attend(call: Call, rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> Result:
+    with _as_given(call):
+        return TABLE[call.backend].run(call, rule, q, k, v)
+
+
+def _select_real(q: Tensor, k: Tensor, *packed) -> tuple[Tensor, Tensor, Tensor]:
+    kept = _select(*unpack(q, k, packed), q, k)
     return kept.blocks, kept.counts, kept.visible
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *flat) -> list[Tensor]:
-    call, rule = unpack(q, k, flat)
-    with _as_given(call):
-        out, lse, kept, pv_tiles = TABLE[call.backend].run(call, rule, q, k, v)
-    result = [out]
-    if call.want_lse:
-        result.append(lse)
-    if call.want_info:
-        result += [kept.blocks, kept.counts, kept.visible, pv_tiles]
-    return result
+def _attend_real(q: Tensor, k: Tensor, v: Tensor, *packed) -> list[Tensor]:
+    call, rule = unpack(q, k, packed)
+    out, lse, kept, pv_tiles = _attend(call, rule, q, k, v)
+    info = (kept.blocks, kept.counts, kept.visible, pv_tiles) if call.want_info else ()
+    return [out, *((lse,) if call.want_lse else ()), *info]
 
 
 def _as_given(call: Call):
@@ -95,12 +110,12 @@ def _as_given(call: Call):
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _select_fake(q: Tensor, k: Tensor, *flat) -> tuple[Tensor, ...]:
-    return _kept_fake(q, *unpack(q, k, flat))
+def _select_fake(q: Tensor, k: Tensor, *packed) -> tuple[Tensor, ...]:
+    return _kept_fake(q, *unpack(q, k, packed))
 
 
-def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *flat) -> list[Tensor]:
-    call, rule = unpack(q, k, flat)
+def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *packed) -> list[Tensor]:
+    call, rule = unpack(q, k, packed)
     result = [torch.empty_like(q)]
     if call.want_lse:
         result.append(q.new_empty(q.shape[:3], dtype=torch.float32))
@@ -121,13 +136,13 @@ def _register() -> None:
         return  # this package was imported before in this process; its operators are as good as ours
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     for name, tensors, returns, real, fake in (
-        ("select", "Tensor q, Tensor k", "(Tensor, Tensor, Tensor)", _select, _select_fake),
-        ("attend", "Tensor q, Tensor k, Tensor v", "Tensor[]", _attend, _attend_fake),
+        ("select", "Tensor q, Tensor k", "(Tensor, Tensor, Tensor)", _select_real, _select_fake),
+        ("attend", "Tensor q, Tensor k, Tensor v", "Tensor[]", _attend_real, _attend_fake),
     ):
         library.define(f"{name}({tensors}, {SCHEMA}) -> {returns}")
         library.impl(name, real, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    _attend.library = library  # the dispatcher holds the function, the function the library: it outlives a re-import of this module
+    _attend_real.library = library  # the dispatcher holds the function, the function the library: it outlives a re-import of this module
 
 
 _register()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import config
 from ..block_mask import BLOCK_K, BLOCK_Q, num_blocks
-from ..call import Call, Form, Rule
+from ..call import HINTS, Call, Form, Rule
 from . import prepare
 from .params import FIELDS, SYMBOLS
 
@@ -124,12 +124,17 @@ class _Structs(NamedTuple):
 
 def key(call: Call, rule: Rule, inputs: prepare.Inputs) -> tuple:
     """What `carve` depends on beside the machine: all of a call, but of tensors only how they lie, and of numbers only what follows from them."""
-    fields = [
-        (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else float if isinstance(x, float) else x
-        for x in (*vars(call).values(), *vars(rule).values())
-    ]
+    fields = [*call, *rule]
+    for i in _VARYING:
+        x = fields[i]
+        if x is not None:
+            fields[i] = (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else float
     q, k, v = inputs
     return capacity(call, rule), rule.judged, q.stride(), k.stride(), None if v is None else v.stride(), *fields
+
+
+_VARYING = tuple(i for i, name in enumerate(Call._fields + Rule._fields) if HINTS[name] is float or Tensor in get_args(HINTS[name]))
+"""Fields of tensors and numbers."""
 
 
 def capacity(call: Call, rule: Rule) -> int:

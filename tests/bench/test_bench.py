@@ -324,9 +324,34 @@ def test_the_stub_is_a_machine():
 
 
 def test_host_cost():
+    before = [getattr(owner, name) for part in bench_host._parts() for owner, name in part.functions], bench_host.ops._watched
     found = bench_host.cost(bench_host.StubMachine(), CPU)
     assert found["launches"] == 4 and 0 < 4 * found["launch_us"] < found["call_us"] <= found["call_median_us"]
-    assert "us a call" in bench_host.sentence(found)
+    assert "us a call" in bench_host.sentence(found) and f"below {bench_host.AIM_US}" in bench_host.sentence(found)
+    names = [part.name for part in bench_host._parts()]
+    assert list(found["parts_us"]) == [*names, "the rest"] and all(found["parts_us"][name] > 0 for name in names)
+    lines = bench_host.table(found)
+    assert len(lines) == len(names) + 3 and lines[0].startswith("  checks, making of Call and Rule: ")
+    assert before == ([getattr(owner, name) for part in bench_host._parts() for owner, name in part.functions], bench_host.ops._watched)
+
+
+def test_parts_do_not_count_each_other(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(bench_host.time, "perf_counter", lambda: now[0])
+
+    def takes(seconds, *inner):
+        def run():
+            now[0] += seconds
+            for name in inner:
+                getattr(owner, name)()
+
+        return run
+
+    owner = SimpleNamespace(a=takes(1.0, "b", "b"), b=takes(2.0, "c"), c=takes(4.0))
+    parts = [bench_host.Part(name, ((owner, name),)) for name in "abc"]
+    with bench_host._timed(parts):
+        owner.a()
+    assert [part.seconds for part in parts] == [1.0, 4.0, 8.0]
 
 
 # ---- reports

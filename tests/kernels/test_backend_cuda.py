@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import itertools
 import math
 import random
@@ -640,7 +639,7 @@ def test_launches_go_through_the_loader_and_the_driver(gpu, monkeypatch, rand, c
     monkeypatch.setattr(loader, "kernel", lambda device, variant, symbol: (device, variant.name, symbol))
     monkeypatch.setattr(backend.driver, "launch", lambda kernel, *rest: launches.append((kernel, *rest[:3], rest[4], list(inside))))
     q, k, v = tensors(rand)
-    call = dataclasses.replace(call_of(q, k), device=GPU)
+    call = call_of(q, k)._replace(device=GPU)
     backend.run(call, Rule(0.3, None, -1.0), q, k, v)
     assert [kernel[2] for kernel, *_ in launches] == kernels and {kernel[0] for kernel, *_ in launches} == {0}
     assert [threads for _, _, threads, *_ in launches] == [256] * 3 + [384 if capability == (9, 0) else 256]

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sparge_kernels import BlockMask, UnsupportedCall, block_sparse_attention, config, ops, order, select_blocks, sparse_attention
+from sparge_kernels import AttentionInfo, BlockMask, UnsupportedCall, block_sparse_attention, config, ops, order, select_blocks, sparse_attention
 from sparge_kernels.backends import choose
 from sparge_kernels.backends import cuda as backend
+from sparge_kernels.block_mask import KeptBlocks
 from sparge_kernels.call import Kind
 from sparge_kernels.cuda import driver as driver_module
 from sparge_kernels.cuda import loader as loader_module
@@ -119,7 +120,7 @@ def gpu(monkeypatch):
 class Fresh(TorchDispatchMode):
     """The operators that run, also inside of the package's own; what those returned; and every storage that came up, in order."""
 
-    INSIDE = {ops._attend_operator: ops._attend, ops._select_operator: ops._select}
+    INSIDE = {ops._attend_operator: ops._attend_real, ops._select_operator: ops._select_real}
 
     def __init__(self, *known):
         super().__init__()
@@ -407,6 +408,17 @@ def test_a_map_made_during_a_capture_is_not_kept(monkeypatch, rand):
     outs += [block_sparse_attention(q, q, q, mask) for _ in range(2)]
     assert kept == [(q.device, False), (q.device, True), (q.device, True)]
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_nothing_that_an_info_tells_waits():
+    counts, visible = torch.tensor([[[2, 1]]], dtype=torch.int32), torch.full((1, 1, 2), 5, dtype=torch.int32)
+    blocks = torch.tensor([[[[0, 4, -1], [3, -1, -1]]]], dtype=torch.int16)
+    for form in (blocks, torch.tensor([[[[1, 0, 0, 0, 1], [0, 0, 0, 1, 0]]]]).bool()):
+        info = AttentionInfo("cuda", KeptBlocks(form, counts, visible, 5), torch.tensor([[[1, 3]]], dtype=torch.int32))
+        with Fresh() as seen:
+            info.density, info.pv_skipped, info.pooled(), BlockMask.from_dense(info.block_mask.to_dense(), info.kept.visible).density
+        assert not WAITING & set(seen.names), seen.names
+        assert info.block_mask.to_dense().int().tolist() == [[[[1, 0, 0, 0, 1], [0, 0, 0, 1, 0]]]]
 
 
 def test_every_form_of_p_and_v_has_its_kernels_here():

@@ -9,8 +9,10 @@ import sys
 import pytest
 import sparge_kernels
 import torch
-from sparge_kernels import BlockMask, block_sparse_attention, ops, order, sparse_attention
+from sparge_kernels import BlockMask, block_sparse_attention, ops, order, select_blocks, sparse_attention
 from sparge_kernels.call import Call, Rule
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 OPTIONS = {
     "topk": dict(topk=0.3),
@@ -134,6 +136,33 @@ def test_opcheck_select(clustered):
     torch.library.opcheck(ops._select_operator, (q, k, *ops.pack(call, Rule(None, 0.5, 0.3, "mean"))))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_whoever_watches_a_call_sees_the_operator_and_nobody_else_pays_for_it(clustered, monkeypatch):
+    q, k, v = (clustered(n, 1, 2, 200, 16) for n in (1, 3, 5))
+    plain, mask = sparse_attention(q, k, v, topk=0.3), select_blocks(q, k, topk=0.3)
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Watching():
+        assert torch.equal(sparse_attention(q, k, v, topk=0.3), plain)
+        assert torch.equal(select_blocks(q, k, topk=0.3).block_map, mask.block_map)
+    assert seen.count(ops._attend_operator) == seen.count(ops._select_operator) == 1
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert isinstance(sparse_attention(q, k, v, topk=0.3), FakeTensor)
+        assert isinstance(sparse_attention(*(fake.from_tensor(x) for x in (q, k, v)), topk=0.3), FakeTensor)
+    outside = [FakeTensorMode().from_tensor(x) for x in (q,)] * 3
+    assert isinstance(sparse_attention(*outside, topk=0.3), FakeTensor)
+    traced = torch.jit.trace(lambda q, k, v: sparse_attention(q, k, v, topk=0.3), (q, k, v), check_trace=False)
+    assert f"{ops.NAMESPACE}::attend" in str(traced.graph)
+    for name in ("_attend_operator", "_select_operator"):
+        monkeypatch.setattr(ops, name, None)
+    assert torch.equal(sparse_attention(q, k, v, topk=0.3), plain) and torch.equal(select_blocks(q, k, topk=0.3).block_map, mask.block_map)
+
+
 def lying(x):
     return (x.data_ptr(), x.shape, x.stride()) if isinstance(x, torch.Tensor) else x
 
@@ -150,7 +179,7 @@ def test_what_is_packed_comes_out_again(per_head):
     assert len(flat) == len(ops._attend_operator._schema.arguments) - 3 == len(ops._select_operator._schema.arguments) - 2
     for made, given in zip(ops.unpack(q, k, flat), (call, rule), strict=True):
         assert type(made) is type(given)
-        assert {name: lying(x) for name, x in vars(made).items()} == {name: lying(x) for name, x in vars(given).items()}
+        assert {name: lying(x) for name, x in made._asdict().items()} == {name: lying(x) for name, x in given._asdict().items()}
 
 
 def test_namespace_comes_from_the_package_name():
