@@ -281,7 +281,7 @@ def _rule(heads: int, device: torch.device, topk, cdfthreshd, simthreshd1, score
 
 def _call(q: Tensor, k: Tensor, **given) -> Call:
     """The call of q and k, from the caller's arguments by name; those that a function does not have are as if left out."""
-    batch, heads, s_q, dim = q.shape
+    _, heads, s_q, dim = q.shape
     s_k, device = k.shape[2], q.device
     causal = checks.flag("causal", given["causal"])
     offset = checks.causal_offset(causal, given["causal_offset"])
@@ -289,15 +289,9 @@ def _call(q: Tensor, k: Tensor, **given) -> Call:
     keep_q, keep_k = checks.always_keep(given.get("always_keep"), s_q, s_k)
     key_mask = checks.key_mask(given["key_mask"], k)
     pv = checks.number("pvthreshd", given.get("pvthreshd", 15.0), checks.PV, heads)
-    return Call(
-        device,
-        q.dtype,
-        batch,
-        heads,
-        k.shape[1],
-        s_q,
-        s_k,
-        dim,
+    return Call.of(
+        q,
+        k,
         choose(Kind(device, checks.backend(given["backend"]), q.dtype, dim, s_k, key_mask is not None)),
         checks.scale(given["scale"], dim),
         causal,

@@ -85,8 +85,6 @@ class Workspace:
         Those of the caller's tensors that have a copy in `buffers`.
     launches : tuple of Launch
         In their order.
-    splits : int
-        Parts of the keys that the statistics are taken over.
     """
 
     nbytes: int
@@ -95,7 +93,6 @@ class Workspace:
     outside: tuple[str, ...]
     copied: tuple[str, ...]
     launches: tuple[Launch, ...]
-    splits: int
     _structs: _Structs
 
     def view(self, space: Tensor, name: str) -> Tensor:
@@ -207,7 +204,7 @@ def carve(call: Call, rule: Rule, inputs: prepare.Inputs, binaries: Binaries, pr
     launches = _launches(call, cut, binaries, processors, shared)
     values = _sizes(call, rule, cut, binaries.pv) | _strides(rule, inputs, given) | {"row_in_shared": int(in_shared)}
     structs = _structs(launches, values, {name: buffer.offset for name, buffer in buffers.items()}, outside)
-    return Workspace(end, buffers, results, outside, tuple(given.copied), launches, cut.splits, structs)
+    return Workspace(end, buffers, results, outside, tuple(given.copied), launches, structs)
 
 
 def _found(call: Call, cut: _Cut) -> dict[str, Form]:

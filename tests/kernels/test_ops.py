@@ -136,7 +136,7 @@ def test_opcheck_select(clustered):
     torch.library.opcheck(ops._select_operator, (q, k, *ops.pack(call, Rule(None, 0.5, 0.3, "mean"))))
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
 def test_whoever_watches_a_call_sees_the_operator_and_nobody_else_pays_for_it(clustered, monkeypatch):
     q, k, v = (clustered(n, 1, 2, 200, 16) for n in (1, 3, 5))
     plain, mask = sparse_attention(q, k, v, topk=0.3), select_blocks(q, k, topk=0.3)
