@@ -135,8 +135,8 @@ def sparse_attention(
     q, k, v = checks.tensors(q, k, v, layout)
     rule = _rule(q.shape[1], q.device, topk, cdfthreshd, simthreshd1, score)
     given = dict(causal=causal, causal_offset=causal_offset, scale=scale, key_mask=key_mask, order=order, smooth_k=smooth_k, backend=backend)
-    wanted = dict(pvthreshd=pvthreshd, compensate=compensate, return_lse=return_lse, return_info=return_info)
-    call = _call(q, k, **given, always_keep=always_keep, **wanted)
+    wanted = dict(always_keep=always_keep, pvthreshd=pvthreshd, compensate=compensate, return_lse=return_lse, return_info=return_info)
+    call = _call(q, k, given | wanted)
     return _returned(call, ops.attend(call, rule, q, k, v), layout)
 
 
@@ -172,7 +172,7 @@ def block_sparse_attention(
     q, k, v = checks.tensors(q, k, v, layout)
     rule = Rule(block_map=checks.block_mask(block_mask, q, k))
     given = dict(causal=causal, causal_offset=causal_offset, scale=scale, key_mask=key_mask, order=order, smooth_k=smooth_k, backend=backend)
-    call = _call(q, k, **given, pvthreshd=pvthreshd, compensate=compensate, return_lse=return_lse, return_info=return_info)
+    call = _call(q, k, given | dict(pvthreshd=pvthreshd, compensate=compensate, return_lse=return_lse, return_info=return_info))
     return _returned(call, ops.attend(call, rule, q, k, v), layout)
 
 
@@ -201,7 +201,7 @@ def select_blocks(
     q, k, _ = checks.tensors(q, k, None, layout)
     rule = _rule(q.shape[1], q.device, topk, cdfthreshd, simthreshd1, score)
     given = dict(causal=causal, causal_offset=causal_offset, scale=scale, key_mask=key_mask, order=order, smooth_k=smooth_k, backend=backend)
-    call = _call(q, k, **given, always_keep=always_keep)
+    call = _call(q, k, given | dict(always_keep=always_keep))
     kept = ops.select(call, rule, q, k)
     return BlockMask(kept.to_map(), kept.visible)
 
@@ -279,19 +279,19 @@ def _rule(heads: int, device: torch.device, topk, cdfthreshd, simthreshd1, score
     return Rule(topk, cdf, sim, checks.choice("score", score, ("subblock", "mean")))
 
 
-def _call(q: Tensor, k: Tensor, **given) -> Call:
+def _call(q: Tensor, k: Tensor, given: dict) -> Call:
     """The call of q and k, from the caller's arguments by name; those that a function does not have are as if left out."""
-    _, heads, s_q, dim = q.shape
-    s_k, device = k.shape[2], q.device
+    device, s_k = q.device, k.shape[2]
+    batch, heads, s_q, dim = q.shape
+    shape = (device, q.dtype, batch, heads, k.shape[1], s_q, s_k, dim)
     causal = checks.flag("causal", given["causal"])
     offset = checks.causal_offset(causal, given["causal_offset"])
     order = checks.order(given["order"], s_q, s_k, causal)
     keep_q, keep_k = checks.always_keep(given.get("always_keep"), s_q, s_k)
     key_mask = checks.key_mask(given["key_mask"], k)
     pv = checks.number("pvthreshd", given.get("pvthreshd", 15.0), checks.PV, heads)
-    return Call.of(
-        q,
-        k,
+    return Call(
+        *shape,
         choose(Kind(device, checks.backend(given["backend"]), q.dtype, dim, s_k, key_mask is not None)),
         checks.scale(given["scale"], dim),
         causal,

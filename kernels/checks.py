@@ -16,6 +16,7 @@ from .order import OrderPlan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+_NUMBER = (int, float)
 LARGEST = 1e38  # of a number that is to be finite in fp32; math.isfinite does not go through torch.compile
 
 
@@ -107,7 +108,7 @@ def number(name: str, value, allowed: Range, heads: int) -> float | Tensor:
                 if not (allowed.holds(x) and math.isfinite(x)):
                     raise ValueError(f"{name} must be in {allowed}, got {x} for head {head}; {allowed.remedy}")
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, _NUMBER):
         raise TypeError(f"{name} must be a number or a 1-D tensor of one value per head, got {value!r}")
     if not (allowed.holds(value) and value <= LARGEST):
         raise ValueError(f"{name} must be in {allowed}, got {value!r}; {allowed.remedy}")
@@ -129,7 +130,7 @@ def flag(name: str, value) -> bool:
 def scale(value, dim: int) -> float:
     if value is None:
         return dim**-0.5
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST:
+    if isinstance(value, bool) or not isinstance(value, _NUMBER) or not 0 < value < LARGEST:
         raise ValueError(f"scale must be a finite number > 0, got {_got(value)}; leave it out for head_dim ** -0.5")
     return float(value)
 

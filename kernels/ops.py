@@ -22,6 +22,7 @@ from .call import HINTS, Call, Result, Rule
 
 NAMESPACE = "sparge_" + hashlib.sha1(__package__.encode()).hexdigest()[:8]
 
+_NOTHING = nullcontext()
 _OF_TENSORS = Call._fields.index("backend")
 """Fields of a call that q and k tell."""
 _FIELDS = (*Rule._fields, *Call._fields[_OF_TENSORS:])
@@ -107,7 +108,7 @@ def _attend_real(q: Tensor, k: Tensor, v: Tensor, *packed) -> list[Tensor]:
 def _as_given(call: Call):
     """A context in which autocast leaves the backends' fp32 products alone."""
     kind = call.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
 
 def _select_fake(q: Tensor, k: Tensor, *packed) -> tuple[Tensor, ...]:

@@ -32,6 +32,7 @@ quantised = True
 skips_pv = True
 logger = logging.getLogger("sparge_kernels")
 
+_NOTHING = nullcontext()
 _DTYPES = {getattr(torch, name): name for name in config.DTYPES}
 
 TOLERANCE = {"int8": 0.03, "fp8": 0.05, "fp16": 0.03}
@@ -226,7 +227,7 @@ class Machine:
 
     def here(self):
         """A context in which this GPU is the current one."""
-        return nullcontext() if torch.cuda.current_device() == self.index else torch.cuda.device(self.index)
+        return _NOTHING if torch.cuda.current_device() == self.index else torch.cuda.device(self.index)
 
     def stream(self) -> int:
         """The stream that PyTorch works on now."""
@@ -254,10 +255,11 @@ class _Work:
         self.structs = carved.structs(self.space.data_ptr(), [tensors[name].data_ptr() for name in carved.outside])
         _, prepass, selection, *_ = self.structs
         prepass.scale = selection.scale = call.scale
-        selection.topk, selection.cdf, selection.sim = (_number(x) for x in (rule.topk, rule.cdf, rule.sim))
+        selection.topk, selection.cdf, selection.sim = _number(rule.topk), _number(rule.cdf), _number(rule.sim)
         if v is not None and not isinstance(call.pvthreshd, Tensor):
             self.structs[-1].pvthreshd = call.pvthreshd
-        prepare.fill(call, {name: tensors[name] for name in carved.copied}, self.view)
+        if carved.prepared:
+            prepare.fill(call, {name: tensors[name] for name in carved.copied}, self.view)
 
     def view(self, name: str) -> Tensor:
         """A buffer of the workspace."""
@@ -265,29 +267,29 @@ class _Work:
 
     def select(self) -> None:
         """The first three launches."""
-        for number in range(3):
-            self._launch(number)
+        self._launch(slice(3))
 
     def attend(self) -> None:
         """The others."""
         if "row_shift" in self.workspace.buffers:
             prepare.row_shift(self.call, self.inputs, self.view)
-        for number in range(3, len(self.structs)):
-            self._launch(number)
+        self._launch(slice(3, None))
 
     def kept(self) -> KeptBlocks:
         """What the selection left."""
         blocks, counts, visible = (self.results[name] for name in ("lists", "counts", "visible"))
         return KeptBlocks(blocks, counts, visible, num_blocks(self.call.s_k, BLOCK_K))
 
-    def _launch(self, number: int) -> None:
-        launch = self.workspace.launches[number]
-        kernel = self.machine.kernel(launch.variant, launch.symbol)
-        try:
-            self.machine.launch(kernel, launch.grid, launch.variant.threads, launch.shared, self.structs[number], self.stream)
-        except RuntimeError as error:  # which may be the word of an earlier launch: a GPU tells late
-            before = ", ".join(f"{x.symbol} (grid {x.grid})" for x in self.workspace.launches[:number]) or "nothing"
-            raise type(error)(f"{error}; launched before it in this call: {before}") from error
+    def _launch(self, which: slice) -> None:
+        machine, stream, launches = self.machine, self.stream, self.workspace.launches
+        for launch, struct in zip(launches[which], self.structs[which], strict=True):
+            symbol, variant, grid, shared = launch
+            kernel = machine.kernel(variant, symbol)
+            try:
+                machine.launch(kernel, grid, variant.threads, shared, struct, stream)
+            except RuntimeError as error:  # which may be the word of an earlier launch: a GPU tells late
+                before = ", ".join(f"{x.symbol} (grid {x.grid})" for x in launches[: launches.index(launch)]) or "nothing"
+                raise type(error)(f"{error}; launched before it in this call: {before}") from error
 
 
 def _number(value: float | Tensor | None) -> float:

@@ -83,6 +83,8 @@ class Workspace:
         The fields that point to the caller's tensors and to results.
     copied : tuple of str
         Those of the caller's tensors that have a copy in `buffers`.
+    prepared : bool
+        Whether prepare.fill has anything to write.
     launches : tuple of Launch
         In their order.
     """
@@ -92,6 +94,7 @@ class Workspace:
     results: dict[str, Form]
     outside: tuple[str, ...]
     copied: tuple[str, ...]
+    prepared: bool
     launches: tuple[Launch, ...]
     _structs: _Structs
 
@@ -195,7 +198,8 @@ def carve(call: Call, rule: Rule, inputs: prepare.Inputs, binaries: Binaries, pr
     if call.want_lse and cut.attends:
         results["lse"] = Form((call.batch, call.heads, call.s_q), torch.float32)
     buffers, end = {}, 0
-    for name, form in (wanted | prepare.buffers(call, given.copied)).items():
+    prepared = prepare.buffers(call, given.copied)
+    for name, form in (wanted | prepared).items():
         buffers[name] = Buffer(end, *form)
         end += -(-buffers[name].nbytes // ALIGNMENT) * ALIGNMENT
 
@@ -204,7 +208,7 @@ def carve(call: Call, rule: Rule, inputs: prepare.Inputs, binaries: Binaries, pr
     launches = _launches(call, cut, binaries, processors, shared)
     values = _sizes(call, rule, cut, binaries.pv) | _strides(rule, inputs, given) | {"row_in_shared": int(in_shared)}
     structs = _structs(launches, values, {name: buffer.offset for name, buffer in buffers.items()}, outside)
-    return Workspace(end, buffers, results, outside, tuple(given.copied), launches, structs)
+    return Workspace(end, buffers, results, outside, tuple(given.copied), bool(prepared), launches, structs)
 
 
 def _found(call: Call, cut: _Cut) -> dict[str, Form]:
