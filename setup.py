@@ -20,14 +20,15 @@ class Cubins(Command):
     user_options = [
         ("arch=", None, "architectures, with commas between them (all that are shipped)"),
         ("nvcc", None, "compile with the nvcc on PATH instead of the pinned NVRTC"),
+        ("check", None, "build elsewhere and name the packaged files that differ; nothing is written"),
         ("source-dir=", None, "folder of the device sources (kernels/cuda/src)"),
         ("out-dir=", None, "folder for manifest.json and cubins/ (kernels/cuda)"),
     ]
-    boolean_options = ["nvcc"]
+    boolean_options = ["nvcc", "check"]
 
     def initialize_options(self):
         self.arch = self.source_dir = self.out_dir = None
-        self.nvcc = False
+        self.nvcc = self.check = False
 
     def finalize_options(self):
         self.archs = tuple(a.strip() for a in self.arch.split(",")) if self.arch else None
@@ -37,11 +38,16 @@ class Cubins(Command):
         package = types.ModuleType("sparge_kernels")
         package.__path__ = [str(ROOT / "kernels")]
         sys.modules["sparge_kernels"] = package
-        build = importlib.import_module("sparge_kernels.cuda.build")
+        sys.path.append(str(ROOT / "tools"))
+        cubins = importlib.import_module("cubins")
         given = {"archs": self.archs, "sources": self.source_dir and Path(self.source_dir), "folder": self.out_dir and Path(self.out_dir)}
+        given = {"nvcc": bool(self.nvcc), **{name: value for name, value in given.items() if value}}
         try:
-            manifest = build.build(work=ROOT / "build" / "cubins", nvcc=bool(self.nvcc), **{k: v for k, v in given.items() if v})
-        except build.BuildError as error:
+            if self.check:
+                wrong = cubins.check(**given)
+                sys.exit("\n".join(wrong) if wrong else 0)
+            manifest = cubins.build(work=ROOT / "build" / "cubins", **given)
+        except cubins.BuildError as error:
             sys.exit(str(error))
         for arch, entries in manifest["cubins"].items():
             print(f"{arch}: {len(entries)} binaries")

@@ -54,7 +54,7 @@ def _packs_e4m3(arch: str) -> bool:
 
 
 def _hopper(arch: str) -> bool:
-    return arch == config.HOPPER
+    return arch == "sm_90"
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _compiled(file: str, arch: str) -> bytes | str:
             reasons.append(compiler)
             continue
         try:
-            target = config.HOPPER_EXACT if file == HOPPER else next(iter(loader.compatible(arch, compiler.archs())), arch)
+            target = config.SM90.arch if file == HOPPER else next(iter(loader.compatible(arch, compiler.archs())), arch)
             return compiler.compile(program(file, target)).code
         except nvrtc.CompilerError as error:
             reasons.append(str(error))

@@ -1,21 +1,26 @@
 """Is it right? Asked before anything is timed.
 
-Small calls against kernels/reference.py in fp64: no error beyond twice that of the reference with the same quantisation, plus the rounding of the
+Small calls against tools/reference.py in fp64: no error beyond twice that of the reference with the same quantisation, plus the rounding of the
 output's type. Long calls on sampled rows against dense fp32 attention over the kept blocks.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import sparge_kernels
 import torch
 from bench_shapes import Shape
-from sparge_kernels import config, order, reference
+from sparge_kernels import config, order
 from sparge_kernels.block_mask import BLOCK_K, BLOCK_Q
 from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))  # what pyproject.toml gives to pytest
+import reference
 
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 FLAT_BOUND = {"int8": 0.03, "fp8": 0.05, "fp16": 0.03}
@@ -92,9 +97,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **how) -> tuple[Tensor, Tensor, Tens
 
 def tiles_of(machine, hopper: dict[int, config.HopperConfig] | None = None) -> dict[int, tuple[int, int]]:
     """As MMA_TILES, for a machine's attention kernel; `hopper` by head size instead of the configurations that are shipped."""
-    if not config.on_hopper_kernel(machine.arch, machine.pv):
+    if config.attention_kernel(machine.arch, machine.pv) is not config.SM90:
         return MMA_TILES
-    return {dim: (64, 64 * (hopper[dim] if hopper else config.hopper_config(dim)).tile_blocks) for dim in config.DIMS}
+    return {dim: (64, 64 * (hopper[dim] if hopper else config.HOPPER_CONFIG[dim]).tile_blocks) for dim in config.DIMS}
 
 
 def small(pv: str, device: torch.device, attend: Callable = attend, tiles: dict[int, tuple[int, int]] = MMA_TILES) -> list[Check]:

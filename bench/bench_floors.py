@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+import hopper_candidates
 from sparge_kernels import config
 from sparge_kernels.block_mask import BLOCK_K, BLOCK_Q, num_blocks
 
@@ -78,12 +79,17 @@ class Tile:
         return 4.0 * BLOCK_Q * self.keys * self.dim
 
 
+def usual_form(arch: str) -> str:
+    """How P and V are held on `arch` unless the user says otherwise."""
+    return config.attention_kernels(arch)[0].forms[0]
+
+
 def tile_of(arch: str, dim: int, pv: str) -> Tile:
     """A tile of the attention kernel that serves `arch` with that form of P and V; `dim` 64 or 128."""
     counted = INSTRUCTIONS.get((arch, pv), {}).get(dim)
     rows = 2 * 32 * WARPS  # exponentials of a tile that are not scores: what O decays by, two rows a thread
-    if config.on_hopper_kernel(arch, pv):
-        chosen = config.hopper_config(dim)
+    if config.attention_kernel(arch, pv) is config.SM90:
+        chosen = config.HOPPER_CONFIG[dim]
         keys = BLOCK_K * chosen.tile_blocks
         products = ((_WGMMA_S8, BLOCK_Q * keys * dim), (_WGMMA_E4M3, BLOCK_Q * keys * (dim + 8 * chosen.ones)))
         return Tile(dim, keys, products, BLOCK_Q * keys + rows, counted, 2 * keys * dim, _BULK)
@@ -188,10 +194,10 @@ class Version:
 
     def label(self, dim: int) -> str:
         """That of the candidate; of several the one with as many stages as the shipped one, or as near to it as there is."""
-        shipped = config.hopper_config(dim)
+        shipped = config.HOPPER_CONFIG[dim]
         wanted = replace(shipped, **self.changes)
-        fits = [c for c in config.hopper_candidates(dim) if replace(c, stages=wanted.stages) == wanted]
-        return min(fits, key=lambda c: abs(c.stages - wanted.stages)).label
+        fits = [c for c in hopper_candidates.candidates(dim) if replace(c, stages=wanted.stages) == wanted]
+        return hopper_candidates.label(min(fits, key=lambda c: abs(c.stages - wanted.stages)))
 
 
 VERSIONS = (
@@ -214,8 +220,8 @@ def hopper_table() -> str:
         "|---|---|---|---|---|---|",
     ]
     for dim in reversed(config.DIMS):
-        tile = tile_of(config.HOPPER, dim, "fp8")
-        least = floors(tile, rates(config.HOPPER))
+        tile = tile_of("sm_90", dim, "fp8")
+        least = floors(tile, rates("sm_90"))
         cells = [f"{least['products']:,.0f}", f"{least['special functions']:,.0f}", f"{least['issue']:,} ({tile.instructions})"]
         lines.append("| " + " | ".join([str(dim), *cells, f"{tile.nbytes >> 10} KB", f"{tile.flop / 1e6:.2f} MFLOP"]) + " |")
     return "\n".join(lines)
@@ -236,7 +242,7 @@ def portable_table() -> str:
     ]
     for arch in config.SHIPPED:
         for pv in config.forms(arch):
-            for dim in () if arch == config.HOPPER else reversed(config.DIMS):
+            for dim in () if arch == "sm_90" else reversed(config.DIMS):
                 tile = tile_of(arch, dim, pv)
                 least = floors(tile, rates(arch))
                 products = "not known" if least["products"] is None else f"{least['products']:,.0f}"

@@ -24,12 +24,16 @@ import bench_peers
 import bench_report
 import bench_shapes
 import bench_timing
+import hopper_candidates
 import sparge_kernels
 import torch
 from bench import say
 from sparge_kernels import config
 from sparge_kernels.backends import cuda as backend
-from sparge_kernels.cuda import build, loader
+from sparge_kernels.cuda import loader
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))  # what pyproject.toml gives to pytest
+import cubins
 
 PARTS = ("ceilings", "checks", "candidates", "peers")
 SHAPES = tuple(bench_shapes.Shape(f"{tokens:,}, D {dim}", tokens, tokens, 24, dim) for dim in (128, 64) for tokens in (16384, 32768, 119056))
@@ -57,7 +61,7 @@ class Candidate:
         if KERNEL not in shipped.symbols:
             return shipped
         defines = dict(shipped.defines)
-        return config.hopper_variant(defines["SPARGE_DIM"], bool(defines["SPARGE_MASKED"]), self.chosen[defines["SPARGE_DIM"]])
+        return hopper_candidates.variant(defines["SPARGE_DIM"], bool(defines["SPARGE_MASKED"]), self.chosen[defines["SPARGE_DIM"]])
 
     def missing(self, variants):
         return self.machine.missing(tuple(self.variant(variant) for variant in variants))
@@ -75,11 +79,11 @@ class Candidate:
 def chosen_by_label(short: bool) -> dict[str, dict[int, config.HopperConfig]]:
     """Ways to build the kernel, each by head size; those of the two go in pairs. A short list leaves out numbers of stages other than the usual."""
     found = {}
-    for pair in zip(*(config.hopper_candidates(dim) for dim in config.DIMS), strict=True):
+    for pair in zip(*(hopper_candidates.candidates(dim) for dim in config.DIMS), strict=True):
         chosen = dict(zip(config.DIMS, pair, strict=True))
-        usual = all(c.stages == config.hopper_config(dim).stages or c.tile_blocks == 3 for dim, c in chosen.items())
+        usual = all(c.stages == config.HOPPER_CONFIG[dim].stages or c.tile_blocks == 3 for dim, c in chosen.items())
         if usual or not short:
-            found[" / ".join(dict.fromkeys(c.label for c in reversed(pair)))] = chosen
+            found[" / ".join(dict.fromkeys(hopper_candidates.label(c) for c in reversed(pair)))] = chosen
     return found
 
 
@@ -90,8 +94,8 @@ def candidates(machine, short: bool) -> dict[str, Candidate]:
 
 def resources(machine, dim: int, chosen: config.HopperConfig) -> dict[str, int]:
     """Registers, spilled bytes and shared memory of a candidate."""
-    variant = config.hopper_variant(dim, False, chosen)
-    needs = build.inspect(loader.find(machine.arch, variant).code)[KERNEL]
+    variant = hopper_candidates.variant(dim, False, chosen)
+    needs = cubins.inspect(loader.default().find(machine.arch, variant).code)[KERNEL]
     return {"registers": needs.registers, "local": needs.local, "shared": variant.shared}
 
 
@@ -188,8 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
     machine, reason = backend.machine_of(device)
     if device.type == "cpu":
         reason = "there is no GPU that PyTorch can use"
-    elif machine is not None and machine.arch != config.HOPPER:
-        reason = f"this GPU is {machine.arch}, the kernel is for {config.HOPPER}"
+    elif machine is not None and machine.arch != "sm_90":
+        reason = f"this GPU is {machine.arch}, the kernel is for sm_90"
     if reason is not None:
         say(f"Nothing was measured, because {reason}.")
         return 0
@@ -252,7 +256,7 @@ def built(found: dict[str, Candidate], result: dict) -> dict[str, Candidate]:
     """The candidates that compile; into the result what they need, or why they are left out."""
     right = {}
     for label, candidate in found.items():
-        reason = candidate.missing(tuple(config.attention_variant(candidate.arch, dim, "fp8", False) for dim in config.DIMS))
+        reason = candidate.missing(tuple(config.attention_kernel(candidate.arch, "fp8").variant(dim, "fp8", False) for dim in config.DIMS))
         if reason is None:
             right[label] = candidate
             result["resources"][label] = {str(dim): resources(candidate, dim, chosen) for dim, chosen in candidate.chosen.items()}

@@ -563,7 +563,7 @@ def main(given: list[str] | None = None) -> int:
         return 0
     enter(device)
     pack = load_pack()
-    _, refusal = pack._kernels.backend_for(device, options.backend, 128, torch.bfloat16)
+    refusal = pack._kernels.backend_for(device, options.backend, 128, torch.bfloat16).why_not
     if refusal:
         say(f"Nothing was measured, because {refusal}.")
         return 0

@@ -64,7 +64,8 @@ def machine(device: torch.device | None) -> dict:
 def binaries(machine, pvs: tuple[str, ...]) -> dict[str, str]:
     """Binary -> where it came from, or why there is none; of those that bf16 calls use."""
     names = {config.prepass_name(dim, "bfloat16") for dim in config.DIMS} | {config.select_name(dim) for dim in config.DIMS}
-    names |= {config.attention_variant(machine.arch, dim, pv, masked).name for dim in config.DIMS for pv in pvs for masked in (False, True)}
+    kernels = [(config.attention_kernel(machine.arch, pv), pv) for pv in pvs]
+    names |= {kernel.variant(dim, pv, masked).name for kernel, pv in kernels for dim in config.DIMS for masked in (False, True)}
     found = {}
     for variant in config.variants(machine.arch):
         if variant.name in names:

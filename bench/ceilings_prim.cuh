@@ -45,10 +45,10 @@ DEVICE void mma_half_short(uint32_t (&c)[2], const uint32_t (&a)[4], uint32_t b0
 
 // Around the rounds of a block: `start = start_rounds()`, then `end_rounds(p, start)`; all threads.
 DEVICE int64_t start_rounds() {
-  sync_block();
+  sync_cta();
   return cycles_now();
 }
 DEVICE void end_rounds(const CeilingParams& p, int64_t start) {
-  sync_block();
-  if (thread_id() == 0) p.cycles[block_id()] = cycles_now() - start;
+  sync_cta();
+  if (thread_id() == 0) p.cycles[cta_id()] = cycles_now() - start;
 }

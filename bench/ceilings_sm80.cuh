@@ -39,7 +39,7 @@ DEVICE void multiply_rounds(const CeilingParams& p, Product product) {
   end_rounds(p, start);
   Total total;
   UNROLL for (int j = 0; j < kSums; ++j) UNROLL for (int e = 0; e < kWidth; ++e) add(total, c[j][e]);
-  atomic_add(p.out + block_id(), (int)(total.whole + (uint32_t)(int)total.rest));
+  atomic_add(p.out + cta_id(), (int)(total.whole + (uint32_t)(int)total.rest));
 }
 
 #define PRODUCTS(name, Sum, kWidth) \
@@ -65,7 +65,7 @@ DEVICE void repeat_rounds(const CeilingParams& p, Step step) {
   end_rounds(p, start);
   uint32_t all = 0;
   UNROLL for (int i = 0; i < kChains; ++i) all += x[i];
-  atomic_add(p.out + block_id(), (int)all);
+  atomic_add(p.out + cta_id(), (int)all);
 }
 
 // 2 ** -x tends to 0.64: no value leaves the range in which the instruction works.
@@ -96,7 +96,7 @@ KERNEL(ceiling_pack_e4m3, kThreads, CeilingParams) {
 constexpr int kInFlight = 4, kPiece = 16384;
 KERNEL(ceiling_load, kThreads, CeilingParams) {
   uint32_t places = shared_address(shared_memory());
-  int64_t pieces = p.bytes / kPiece, piece = block_id() * 7 % pieces;
+  int64_t pieces = p.bytes / kPiece, piece = cta_id() * 7 % pieces;
   int64_t start = start_rounds();
   for (int round = 0; round < p.rounds; ++round) {
     uint32_t to = places + round % kInFlight * kPiece;
@@ -110,5 +110,5 @@ KERNEL(ceiling_load, kThreads, CeilingParams) {
   end_rounds(p, start);
   uint32_t all = 0;
   for (int i = 0; i < min_of(p.rounds, kInFlight) * kPiece; i += 16 * kThreads) all += ((const Bytes16*)(shared_memory() + i))[thread_id()].word[0];
-  atomic_add(p.out + block_id(), (int)all);
+  atomic_add(p.out + cta_id(), (int)all);
 }

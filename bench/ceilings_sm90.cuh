@@ -14,7 +14,7 @@ DEVICE uint32_t bring_operands(const CeilingParams& p) {
   Bytes16* to = (Bytes16*)(shared_memory() + (aligned - start));
   for (int i = thread_id(); i < kOperands / 16; i += 256) to[i] = ((const Bytes16*)p.data)[i];
   fence_async();
-  sync_block();
+  sync_cta();
   return aligned;
 }
 
@@ -33,7 +33,7 @@ KERNEL(ceiling_s8, 256, CeilingParams) {
   end_rounds(p, start);
   int sum = 0;
   UNROLL for (int j = 0; j < 16; ++j) UNROLL for (int e = 0; e < 4; ++e) sum += c[j][e];
-  atomic_add(p.out + block_id(), sum);
+  atomic_add(p.out + cta_id(), sum);
 }
 
 // One operand in registers, as P V. A round as above.
@@ -52,7 +52,7 @@ KERNEL(ceiling_e4m3, 256, CeilingParams) {
   end_rounds(p, start);
   float sum = 0.0f;
   UNROLL for (int j = 0; j < 16; ++j) UNROLL for (int e = 0; e < 4; ++e) sum += c[j][e];
-  atomic_add(p.out + block_id(), (int)sum);
+  atomic_add(p.out + cta_id(), (int)sum);
 }
 
 // One thread keeps kInFlight copies of p.copy bytes under way. A round of a block: one copy.
@@ -64,9 +64,9 @@ KERNEL(ceiling_copy, 32, CeilingParams) {
     for (int i = 0; i < kInFlight; ++i) barrier_init(barriers + 8 * i, 1);
     barrier_publish();
   }
-  sync_block();
+  sync_cta();
   if (thread_id() > 0) return;
-  int64_t pieces = p.bytes / p.copy, piece = block_id() * 7 % pieces;
+  int64_t pieces = p.bytes / p.copy, piece = cta_id() * 7 % pieces;
   int64_t began = cycles_now();
   for (int i = 0; i < p.rounds + kInFlight; ++i) {
     uint32_t barrier = barriers + 8 * (i % kInFlight);
@@ -77,6 +77,6 @@ KERNEL(ceiling_copy, 32, CeilingParams) {
       piece = piece + 1 < pieces ? piece + 1 : 0;
     }
   }
-  p.cycles[block_id()] = cycles_now() - began;
-  atomic_add(p.out + block_id(), p.rounds);
+  p.cycles[cta_id()] = cycles_now() - began;
+  atomic_add(p.out + cta_id(), p.rounds);
 }

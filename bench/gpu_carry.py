@@ -25,9 +25,13 @@ from typing import NamedTuple
 import bench_hopper
 import bench_report
 import gpu_run
+import hopper_candidates
 import torch
 from sparge_kernels import config
-from sparge_kernels.cuda import build, loader, nvrtc
+from sparge_kernels.cuda import loader, nvrtc
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))  # what pyproject.toml gives to pytest
+import cubins
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".gpu"
@@ -59,10 +63,10 @@ class Wanted(NamedTuple):
 def wanted(arch: str) -> tuple[Wanted, ...]:
     """Everything that a GPU of `arch` is asked to run beyond what is packaged."""
     found = [Wanted("ptx", a, as_ptx(a, variant)) for a in by_driver(arch) for variant in config.variants(a)]
-    if arch == config.HOPPER:
+    if arch == "sm_90":
         chosen = bench_hopper.chosen_by_label(short=True).values()
         every = ((dim, masked, pair) for pair in chosen for dim in config.DIMS for masked in (False, True))
-        variants = dict.fromkeys(config.hopper_variant(dim, masked, pair[dim]) for dim, masked, pair in every)
+        variants = dict.fromkeys(hopper_candidates.variant(dim, masked, pair[dim]) for dim, masked, pair in every)
         found += [Wanted("candidates", arch, variant) for variant in variants]
     return tuple(found)
 
@@ -74,7 +78,7 @@ def loadable(arch: str) -> tuple[str, ...]:
 
 def by_driver(arch: str) -> tuple[str, ...]:
     """Packaged architectures whose binaries do not run on `arch`, but whose PTX its driver can compile."""
-    return tuple(a for a in config.SHIPPED if config.number(a) < config.number(arch) and a not in loadable(arch) and a != config.HOPPER)
+    return tuple(a for a in config.SHIPPED if config.number(a) < config.number(arch) and a not in loadable(arch) and a != "sm_90")
 
 
 def as_ptx(arch: str, variant: config.Variant) -> config.Variant:
@@ -122,16 +126,16 @@ class Shelf:
 
 def resources(shelf: Shelf, dim: int, chosen: config.HopperConfig) -> dict[str, int]:
     """Registers, spilled bytes and shared memory of a candidate."""
-    variant = config.hopper_variant(dim, False, chosen)
+    variant = hopper_candidates.variant(dim, False, chosen)
     code, _ = shelf.code(variant)
-    needs = build.inspect(code)[bench_hopper.KERNEL]
+    needs = cubins.inspect(code)[bench_hopper.KERNEL]
     return {"registers": needs.registers, "local": needs.local, "shared": variant.shared}
 
 
 def packaged(arch: str, variant: config.Variant) -> tuple[bytes, str]:
     """The packaged binary of another architecture than the loader would take."""
-    entry = json.loads((build.FOLDER / "manifest.json").read_text(encoding="utf-8"))["cubins"][arch][variant.name]
-    return zlib.decompress((build.FOLDER / "cubins" / entry["file"]).read_bytes()), f"packaged for {arch}"
+    entry = json.loads((cubins.FOLDER / "manifest.json").read_text(encoding="utf-8"))["cubins"][arch][variant.name]
+    return zlib.decompress((cubins.FOLDER / "cubins" / entry["file"]).read_bytes()), f"packaged for {arch}"
 
 
 def read_manifest(folder: Path) -> dict[str, dict]:
@@ -160,17 +164,17 @@ def make(items: tuple[Wanted, ...], folder: Path | None = None) -> dict:
     todo = outdated(items, folder)
     entries = {item.key: read_manifest(folder).get(item.key) for item in items}
     if todo:
-        tool = build.nvrtc_tool(compiler())
+        tool = cubins.nvrtc_tool(compiler())
         name = " ".join(dict(tool.about)[part] for part in ("name", "version"))
         of = {(item.arch, item.variant): item for item in todo}
         archs = tuple(dict.fromkeys(item.arch for item in todo))
-        for built in build.compile_all(archs, WORK, tool=tool, variants=lambda arch: tuple(v for a, v in of if a == arch), jobs=os.cpu_count()):
+        for built in cubins.compile_all(archs, WORK, tool=tool, variants=lambda arch: tuple(v for a, v in of if a == arch), jobs=os.cpu_count()):
             item = of[built.arch, built.variant]
             path = folder / f"{item.key}.z"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(zlib.compress(built.code, 9))
             entries[item.key] = {"source": built.program.digest, "sha256": hashlib.sha256(built.code).hexdigest(), "compiler": name,
-                                 "remarks": nvrtc.remarks(built.log)}  # fmt: skip
+                                 "remarks": cubins.remarks(built.log)}  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     return {"made": len(todo), "there": len(items) - len(todo), "remarks": {key: e["remarks"] for key, e in entries.items() if e["remarks"]}}
@@ -178,7 +182,7 @@ def make(items: tuple[Wanted, ...], folder: Path | None = None) -> dict:
 
 def compiler() -> Path | None:
     """The NVRTC that torch carries, where the pinned one is not installed; None: the pinned one."""
-    if build.pinned_nvrtc() is not None:
+    if cubins.pinned_nvrtc() is not None:
         return None
     folders = (Path(torch.__file__).resolve().parents[1], Path(sysconfig.get_path("platlib")))
     found = nvrtc.library_files(folders)
@@ -236,13 +240,13 @@ def main() -> int:
     """Makes .gpu and lists what another machine needs."""
     try:
         return _main()
-    except (Missing, build.BuildError) as error:
+    except (Missing, cubins.BuildError) as error:
         print(error)
         return 1
 
 
 def _main() -> int:
-    done = make(wanted(config.HOPPER))
+    done = make(wanted("sm_90"))
     print(f"{FOLDER.name}: {done['made']} binaries compiled, {done['there']} were there", flush=True)
     copy_comfyui(FOLDER / "comfyui")
     (FOLDER / "commit").write_text(f"{bench_report.commit()} {gpu_run.sources()}\n", encoding="utf-8")

@@ -82,14 +82,15 @@ class Watched:
 
 def expected(arch: str, pvs: tuple[str, ...]) -> set[tuple[str, str]]:
     """(variant, kernel) of everything that calls with these forms can launch on `arch`."""
-    attention = {config.attention_variant(arch, dim, pv, masked) for dim in config.DIMS for pv in pvs for masked in (False, True)}
+    attention = {config.attention_kernel(arch, pv).variant(dim, pv, masked) for dim in config.DIMS for pv in pvs for masked in (False, True)}
     before = {v for v in config.variants(arch) if not any(s.startswith("sparge_attention") for s in v.symbols)}
     found = {(v.name, symbol) for v in attention | before for symbol in v.symbols}
-    drawn = any(config.on_hopper_kernel(arch, pv) for pv in pvs)
-    return found if drawn else {(name, symbol) for name, symbol in found if symbol != "sparge_sequence"}
+    persistent = any(config.attention_kernel(arch, pv).persistent for pv in pvs)
+    return found if persistent else {(name, symbol) for name, symbol in found if symbol != "sparge_sequence"}
 
 
 def variants_of(machine) -> list[config.Variant]:
     names = {name for name, _ in expected(machine.arch, (machine.pv,))}
-    attention = [config.attention_variant(machine.arch, dim, machine.pv, masked) for dim in config.DIMS for masked in (False, True)]
+    kernel = config.attention_kernel(machine.arch, machine.pv)
+    attention = [kernel.variant(dim, machine.pv, masked) for dim in config.DIMS for masked in (False, True)]
     return [v for v in dict.fromkeys([*config.variants(machine.arch), *attention]) if v.name in names]

@@ -81,7 +81,7 @@ class Event:
 class Emulated(bench_host.StubMachine):
     """A Hopper GPU of two multiprocessors that runs on the CPU."""
 
-    def __init__(self, now: list[float], arch: str = config.HOPPER, pv: str = "fp8"):
+    def __init__(self, now: list[float], arch: str = "sm_90", pv: str = "fp8"):
         super().__init__(arch, pv)
         self.processors, self.now, self.index = 2, now, 0
 
@@ -129,7 +129,7 @@ def pretended() -> Iterator[Callable]:
     about = {"gpu": "Emulated H200", "multiprocessors": 2, "capability": "9.0", "memory_gib": 1.0, "driver_cuda": 13.0, "nvidia_smi": {},
              "host": "this one", "python": "3", "torch": str(torch.__version__), "torch_cuda": "none", "commit": bench_report.commit()}  # fmt: skip
     small = {shape: replace(shape, s_q=300, s_k=300, heads=1) for shape in (*bench_shapes.HEADLINE, *gpu_steps.COMPARED)}
-    usual = {dim: config.hopper_config(dim) for dim in config.DIMS}
+    usual = {dim: config.HOPPER_CONFIG[dim] for dim in config.DIMS}
     ceilings = {file: samples.Source(Path(file).stem, str(bench_ceilings.HERE / file)) for file in (bench_ceilings.PORTABLE, bench_ceilings.HOPPER)}
     without = lambda *given: _refuse("there is nothing to time on an emulated GPU")  # noqa: E731
     load = lambda code, index, symbols, origin: {s: SimpleNamespace(variant=code, name=s, origin=origin) for s in symbols}  # noqa: E731

@@ -45,6 +45,7 @@ import bench_shapes  # noqa: E402
 import bench_timing  # noqa: E402
 import gpu_carry  # noqa: E402
 import gpu_machines  # noqa: E402
+import hopper_candidates  # noqa: E402
 import sanitize  # noqa: E402
 import torch  # noqa: E402
 from sparge_kernels import config  # noqa: E402
@@ -105,11 +106,12 @@ def machine(here: Here, _: str) -> dict:
     """What the machine is and has; from it follows which steps there are."""
     arch = here.machine.arch
     first, others = gpu_carry.loadable(arch)[:1], gpu_carry.loadable(arch)[1:]
-    packaged = [*(pv for a in first for pv in config.forms(a)), *(f"{a} {pv}" for a in others for pv in config.forms(a))]
-    hopper = arch == config.HOPPER
+    own = [pv for a in first for pv in config.packaged_forms(a)]
+    packaged = [*own, *(f"{a} {pv}" for a in others for pv in config.packaged_forms(a))]
+    hopper = arch == "sm_90"
     return {
         "machine": bench_report.machine(here.device), "arch": arch, "packaged": packaged,
-        "compiled": [] if first else list(config.forms(arch)), "ptx": list(gpu_carry.by_driver(arch)),
+        "compiled": [pv for pv in config.forms(arch) if pv not in own], "ptx": list(gpu_carry.by_driver(arch)),
         "speed": [shape.name for shape in bench_shapes.HEADLINE], "candidates": list(candidates_of(here)) if hopper else [],
         "peers": [name for name in bench_peers.PACKAGES if importlib.util.find_spec(name) is not None], "models": MODELS,
         "build": bool(gpu_carry.outdated(gpu_carry.wanted(arch))),
@@ -134,7 +136,7 @@ def packaged(here: Here, which: str) -> dict:
 
 
 def compiled(here: Here, pv: str) -> dict:
-    """The kernels of a GPU that nothing is packaged for, as the loader has them compiled."""
+    """The kernels of a form that nothing is packaged for, as the loader has them compiled."""
     return checked(here, [own(here, pv)])
 
 
@@ -199,19 +201,23 @@ def measured(here: Here, shape: bench_shapes.Shape, effort: bench.Effort) -> dic
 def candidates_of(here: Here) -> dict[str, bench_hopper.Candidate]:
     """Ways to build Hopper's kernel, by label."""
     fp8 = own(here, "fp8")
-    held = gpu_machines.Held(fp8, config.HOPPER, "fp8", gpu_carry.Shelf("candidates", config.HOPPER).code, own=False)
+    held = gpu_machines.Held(fp8, "sm_90", "fp8", gpu_carry.Shelf("candidates", "sm_90").code, own=False)
     return bench_hopper.candidates(held, short=True)
 
 
 def candidate(here: Here, label: str) -> dict:
     """One way to build Hopper's kernel: what it needs, and whether it is right."""
     chosen = candidates_of(here)[label]
-    reason = chosen.missing(tuple(config.attention_variant(config.HOPPER, dim, "fp8", masked) for dim in config.DIMS for masked in (False, True)))
+    reason = chosen.missing(tuple(config.SM90.variant(dim, "fp8", masked) for dim in config.DIMS for masked in (False, True)))
     if reason is not None:
         raise RuntimeError(reason)
-    shelf = gpu_carry.Shelf("candidates", config.HOPPER)
-    found = {"checks": [], "resources": {str(dim): gpu_carry.resources(shelf, dim, how) for dim, how in chosen.chosen.items()},
-             "remarks": [line for dim, how in chosen.chosen.items() for line in shelf.remarks(config.hopper_variant(dim, False, how))]}  # fmt: skip
+    shelf = gpu_carry.Shelf("candidates", "sm_90")
+    variants = [hopper_candidates.variant(dim, False, how) for dim, how in chosen.chosen.items()]
+    found = {
+        "checks": [],
+        "resources": {str(dim): gpu_carry.resources(shelf, dim, how) for dim, how in chosen.chosen.items()},
+        "remarks": [line for variant in variants for line in shelf.remarks(variant)],
+    }
     here.keep(found)
     found["checks"] = [vars(check) for check in bench_hopper.check(chosen, here.device)]
     return found

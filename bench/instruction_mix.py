@@ -20,10 +20,13 @@ import sys
 import tempfile
 import zlib
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import bench_floors
 from sparge_kernels import config
-from sparge_kernels.cuda import build
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))  # what pyproject.toml gives to pytest
+import cubins
 
 
 @dataclass
@@ -102,9 +105,9 @@ def instructions(arch: str, dim: int, pv: str, nvdisasm: str) -> list[str]:
     ValueError
         nvdisasm refuses the binary.
     """
-    name = config.attention_variant(arch, dim, pv, False).name
+    name = config.attention_kernel(arch, pv).variant(dim, pv, False).name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(zlib.decompress((build.FOLDER / "cubins" / arch / f"{name}.cubin.z").read_bytes()))
+        file.write(zlib.decompress((cubins.FOLDER / "cubins" / arch / f"{name}.cubin.z").read_bytes()))
         file.flush()
         done = subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True)
     if done.returncode:
@@ -119,21 +122,22 @@ def operation(line: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dim", type=int, default=128, choices=config.DIMS)
-    parser.add_argument("--arch", default=config.HOPPER, choices=config.SHIPPED)
+    parser.add_argument("--arch", default="sm_90", choices=config.SHIPPED)
     parser.add_argument("--pv", choices=config.PV, help="by default what that GPU uses")
     parser.add_argument("--nvdisasm", default=shutil.which("nvdisasm"))
     given = parser.parse_args()
-    pv = given.pv or config.pv_for(given.arch)
+    pv = given.pv or bench_floors.usual_form(given.arch)
     if given.nvdisasm is None:
         sys.exit("nvdisasm must be on PATH; pip install nvidia-cuda-nvdisasm and give its path with --nvdisasm")
-    if pv not in config.forms(given.arch):
-        sys.exit(f"--pv must be one of {', '.join(config.forms(given.arch))} for {given.arch}, got {pv}")
+    if pv not in config.packaged_forms(given.arch):
+        sys.exit(f"--pv must be one of {', '.join(config.packaged_forms(given.arch))} for {given.arch}, whose binaries are packaged, got {pv}")
     try:
         code = instructions(given.arch, given.dim, pv, given.nvdisasm)
     except ValueError as error:
         sys.exit(str(error))
     tile = bench_floors.tile_of(given.arch, given.dim, pv)
-    print(f"{config.attention_variant(given.arch, given.dim, pv, False).name} for {given.arch}: one tile of 128 queries x {tile.keys} keys")
+    name = config.attention_kernel(given.arch, pv).variant(given.dim, pv, False).name
+    print(f"{name} for {given.arch}: one tile of 128 queries x {tile.keys} keys")
     counted = collections.Counter(map(operation, code))
     issued, special = bench_floors.issue_cycles(len(code)), counted["MUFU"] * 32 * bench_floors.WARPS // bench_floors.EXPONENTIALS
     print(f"issue: {len(code)} instructions a warp (recorded: {tile.instructions}), {issued:,} cycles; special functions: {special:,} cycles")

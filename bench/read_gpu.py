@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 import gpu_steps  # noqa: F401, makes sparge_kernels importable where it is not installed
+import hopper_candidates
 
 # isort: split
 import bench_ceilings
@@ -86,7 +87,7 @@ class Reading:
     @cached_property
     def base(self) -> dict | None:
         """The row that gains are told of."""
-        rows = [row for row in self.speeds if self.arch and form_of(row) == config.pv_for(self.arch)] or self.speeds
+        rows = [row for row in self.speeds if self.arch and form_of(row) == bench_floors.usual_form(self.arch)] or self.speeds
         return min(rows, key=lambda row: (-row["s_q"] * row["s_k"], abs(row["topk"] - TOPK)), default=None)
 
     def ghz(self, tile: bench_floors.Tile) -> tuple[float, str] | None:
@@ -219,7 +220,7 @@ def attention(reading: Reading) -> Entry:
     if row is None:
         return Entry(f"Attention kernel: {_UNKNOWN}, no speed of a call is there.", "the steps whose name starts with speed")
     ms, tile = attention_ms(row), reading.tile(row)
-    hopper = tile is not None and config.on_hopper_kernel(reading.arch, form_of(row))
+    hopper = tile is not None and config.attention_kernel(reading.arch, form_of(row)) is config.SM90
     place = f"kernels/cuda/src/attention_{'sm90' if hopper else 'mma'}.cuh"
     named = f"Attention kernel, {row['what']}, D {row['dim']}: {_number(ms)} ms of {_number(row['ms']['median'])}"
     cycles = None if tile is None else reading.cycles(ms, row, tile)
@@ -253,10 +254,10 @@ def _floors(tile: bench_floors.Tile, least: dict, reading: Reading) -> str:
 
 def candidate(reading: Reading, dim: int) -> Entry | None:
     """The fastest way to build Hopper's kernel against the shipped one."""
-    if reading.arch != config.HOPPER:
+    if reading.arch != "sm_90":
         return None
-    place, shipped = "kernels/config.py, _HOPPER", config.hopper_config(dim).label
-    labels = {chosen.label for chosen in config.hopper_candidates(dim)}
+    place, shipped = "kernels/config.py, HOPPER_CONFIG", hopper_candidates.label(config.HOPPER_CONFIG[dim])
+    labels = {hopper_candidates.label(chosen) for chosen in hopper_candidates.candidates(dim)}
     rows = nearest([row for row in reading.rows("candidates") if row["dim"] == dim and label_of(row) in labels])
     own = next((row for row in rows if label_of(row) == shipped), None)
     others = [row for row in rows if row is not own]
@@ -271,7 +272,7 @@ def candidate(reading: Reading, dim: int) -> Entry | None:
     if fastest["high"] >= mine["low"]:
         return Entry(f"Candidates, D {dim}: none is faster beyond the spread of its runs; {there}.", place, 0.0)
     base = reading.base
-    known = base is not None and config.padded_dim(base["dim"]) == dim and config.on_hopper_kernel(reading.arch, form_of(base))
+    known = base is not None and config.padded_dim(base["dim"]) == dim and config.attention_kernel(reading.arch, form_of(base)) is config.SM90
     saves = share * attention_ms(base) if known else None
     most = _most(saves, base) if known else "what that saves of a whole call of such heads was not measured"
     beyond = f"{mine['low'] / fastest['high']:.2f} x between the nearest quartiles"
@@ -286,8 +287,8 @@ def label_of(row: dict) -> str:
 
 def form(reading: Reading) -> Entry:
     """The form of P and V in use against the others."""
-    place, base = "kernels/config.py, pv_for", reading.base
-    shipped = config.pv_for(reading.arch) if reading.arch else None
+    place, base = "kernels/config.py, ATTENTION", reading.base
+    shipped = bench_floors.usual_form(reading.arch) if reading.arch else None
     calls = {(row["call"], row["topk"]) for row in reading.speeds if form_of(row) != shipped}
     rows = nearest([row for row in reading.speeds if (row["call"], row["topk"]) in calls])
     own = next((row for row in rows if form_of(row) == shipped), None)
@@ -307,10 +308,10 @@ def form(reading: Reading) -> Entry:
 def _form_of_candidates(reading: Reading) -> Entry | None:
     """The attention kernel of the other architectures against Hopper's own, which are timed together with the candidates."""
     rows = {label_of(row): row for row in nearest([row for row in reading.rows("candidates") if row["dim"] == 128])}
-    own, other = rows.get(config.hopper_config(128).label), rows.get("mma int8")
+    own, other = rows.get(hopper_candidates.label(config.HOPPER_CONFIG[128])), rows.get("mma int8")
     if own is None or other is None or reading.base is None:
         return None
-    place, mine, theirs = "kernels/config.py, pv_for", own["ms"]["median"], other["ms"]["median"]
+    place, mine, theirs = "kernels/config.py, ATTENTION", own["ms"]["median"], other["ms"]["median"]
     there = f"attention alone, {own['call']}, topk {own['topk']:g}: int8 on mma.sync takes {_number(theirs)} ms, fp8 on wgmma {_number(mine)}"
     if other["ms"]["high"] >= own["ms"]["low"]:
         return Entry(f"Forms of P and V: none is faster than fp8 beyond the spread of its runs; {there}.", place, 0.0)
@@ -465,10 +466,10 @@ def outcomes(reading: Reading) -> dict[str, str]:
     for version in bench_floors.VERSIONS:
         told = []
         for dim in reversed(config.DIMS):
-            tile = bench_floors.tile_of(config.HOPPER, dim, "fp8")
+            tile = bench_floors.tile_of("sm_90", dim, "fp8")
             rows = nearest([row for row in reading.rows("candidates") if row["dim"] == dim])
             labelled = {label_of(row): row for row in rows}
-            row, shipped = labelled.get(version.label(dim)), labelled.get(config.hopper_config(dim).label)
+            row, shipped = labelled.get(version.label(dim)), labelled.get(hopper_candidates.label(config.HOPPER_CONFIG[dim]))
             cycles = None if row is None else reading.cycles(row["ms"]["median"], row, tile)
             if cycles is not None:
                 ratio = f", {shipped['ms']['median'] / row['ms']['median']:.2f} x as fast as shipped" if shipped and shipped is not row else ""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
-from .backends import TABLE, BackendChoice, choose
+from .backends import NAMES, TABLE, BackendChoice, choose
 from .block_mask import BlockMask, KeptBlocks
 from .call import Call, Kind, Result, Rule
 from .errors import UnsupportedCall
@@ -258,7 +258,7 @@ def can_run(
     BackendChoice
         A refusal is not for ever: during the capture of a CUDA graph no kernels are loaded, after it they are.
     """
-    kind = Kind(torch.device(device), checks.backend(backend), dtype, head_dim, masked=masked)
+    kind = Kind(torch.device(device), checks.choice("backend", backend, NAMES), dtype, head_dim, masked=masked)
     try:
         name = choose(kind)
     except UnsupportedCall as refusal:
@@ -290,9 +290,10 @@ def _call(q: Tensor, k: Tensor, given: dict) -> Call:
     keep_q, keep_k = checks.always_keep(given.get("always_keep"), s_q, s_k)
     key_mask = checks.key_mask(given["key_mask"], k)
     pv = checks.number("pvthreshd", given.get("pvthreshd", 15.0), checks.PV, heads)
+    backend = choose(Kind(device, checks.choice("backend", given["backend"], NAMES), q.dtype, dim, s_k, key_mask is not None))
     return Call(
         *shape,
-        choose(Kind(device, checks.backend(given["backend"]), q.dtype, dim, s_k, key_mask is not None)),
+        backend,
         checks.scale(given["scale"], dim),
         causal,
         offset,

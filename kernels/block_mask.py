@@ -126,7 +126,7 @@ class BlockMask:
         return cls(kept.clone(memory_format=torch.contiguous_format), visible)
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(B, H, N_q, N_k)."""
         return tuple(self.block_map.shape)
 
@@ -179,9 +179,7 @@ class BlockMask:
         """Keeps a block when some query i and key j in it have |i - j| <= `window` (tokens, >= 0)."""
         if not window >= 0:
             raise ValueError(f"window must be >= 0 tokens, got {window}; 0 keeps the diagonal")
-        q_lo, q_hi = _block_ranges(s_q, BLOCK_Q)
-        k_lo, k_hi = _block_ranges(s_k, BLOCK_K)
-        gap = np.maximum(k_lo[None] - q_hi[:, None], q_lo[:, None] - k_hi[None])
+        gap = _gap(_block_ranges(s_q, BLOCK_Q), _block_ranges(s_k, BLOCK_K))
         return BlockMask.from_dense(torch.from_numpy(gap <= window))
 
     @staticmethod
@@ -211,11 +209,7 @@ class BlockMask:
         if window < 0:
             raise ValueError(f"window must be >= 0 frames, got {window}; 0 keeps the own frame")
         q, k = _block_boxes(plan, BLOCK_Q), _block_boxes(plan, BLOCK_K)
-        gap = _gap(q.t, k.t)
-        kept = (gap <= window) & _same(q.segment, k.segment)
-        if first:
-            kept |= (k.t[0] == 0)[None]
-        return BlockMask.from_dense(torch.from_numpy(_with_protected(kept, q, k)))
+        return _of_boxes(_gap(q.t, k.t) <= window, q, k, first)
 
     @staticmethod
     def radial(plan: OrderPlan, *, width: float = 1.0) -> BlockMask:
@@ -236,14 +230,13 @@ class BlockMask:
         q, k = _block_boxes(plan, BLOCK_Q), _block_boxes(plan, BLOCK_K)
         frames_apart = _gap(q.t, k.t)
         window = width * k.frame_size[None] / np.exp2(np.floor(np.log2(np.maximum(frames_apart, 1))))
-        kept = ((frames_apart == 0) | (_gap(q.place, k.place) <= window)) & _same(q.segment, k.segment)
-        kept |= (k.t[0] == 0)[None]
-        return BlockMask.from_dense(torch.from_numpy(_with_protected(kept, q, k)))
+        return _of_boxes((frames_apart == 0) | (_gap(q.place, k.place) <= window), q, k, True)
 
 
-def _block_ranges(length: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+def _block_ranges(length: int, block: int) -> np.ndarray:
+    """The first and the last row of every block."""
     lo = np.arange(0, length, block)
-    return lo, np.minimum(lo + block, length) - 1
+    return np.stack([lo, np.minimum(lo + block, length) - 1])
 
 
 @dataclass(frozen=True)
@@ -271,12 +264,11 @@ def _block_boxes(plan: OrderPlan, block: int) -> _Boxes:
 
 
 def _gap(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """How far apart the ranges (lowest, highest) of each query block and each key block are; 0 where they meet."""
     return np.maximum(np.maximum(k[0][None] - q[1][:, None], q[0][:, None] - k[1][None]), 0)
 
 
-def _same(q: np.ndarray, k: np.ndarray) -> np.ndarray:
-    return _gap(q, k) == 0
-
-
-def _with_protected(kept: np.ndarray, q: _Boxes, k: _Boxes) -> np.ndarray:
-    return kept | q.protected[:, None] | k.protected[None]
+def _of_boxes(near: np.ndarray, q: _Boxes, k: _Boxes, first: bool) -> BlockMask:
+    """What is near in the same grid, with the protected tokens and, where `first`, frame 0 of each grid as keys."""
+    kept = near & (_gap(q.segment, k.segment) == 0) | q.protected[:, None] | k.protected
+    return BlockMask.from_dense(torch.from_numpy(kept | (k.t[0] == 0) if first else kept))

@@ -55,8 +55,9 @@ class Rule(NamedTuple):
     @property
     def share(self) -> float | None:
         """The one number that bounds what every row keeps, where there is one."""
-        alone = self.block_map is None and self.cdf is None and not self.judged and not isinstance(self.topk, Tensor)
-        return self.topk if alone else None
+        if isinstance(self.topk, Tensor) or self.block_map is not None or self.cdf is not None or self.judged:
+            return None
+        return self.topk
 
 
 class Call(NamedTuple):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends import NAMES
 from .block_mask import BLOCK_K, BLOCK_Q, BlockMask, num_blocks
 from .cuda import driver
 from .order import OrderPlan
@@ -220,7 +219,3 @@ def block_mask(mask, q: Tensor, k: Tensor) -> Tensor:
             f"blocks are {BLOCK_Q} queries by {BLOCK_K} keys"
         )
     return dense.to(q.device)
-
-
-def backend(name) -> str:
-    return choice("backend", name, NAMES)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attention import block_sparse_attention, sparse_attention
+from .block_mask import BLOCK_K, BLOCK_Q, num_blocks
 
 
 def _finish(result, output_dtype, return_sparsity: bool):
@@ -48,11 +50,6 @@ def _refuse_dropout(dropout_p) -> None:
         raise ValueError(f"dropout_p must be 0: there is no dropout at inference, got {dropout_p!r}")
 
 
-def _always_keep(attention_sink: bool, s_k: int):
-    """attention_sink keeps the first key block for every row."""
-    return {"k": [(0, min(64, s_k))]} if attention_sink else None
-
-
 def spas_sage2_attn_meansim_topk_cuda(
     q: Tensor,
     k: Tensor,
@@ -74,23 +71,10 @@ def spas_sage2_attn_meansim_topk_cuda(
     """Top-k block-sparse attention (`sparse_attention` with score="mean"); return_sparsity gives (out, 1 - density as a float)."""
     _refuse_dropout(dropout_p)
     s_k = k.shape[1] if tensor_layout == "NHD" else k.shape[-2]
-    result = sparse_attention(
-        q,
-        k,
-        v,
-        topk=topk,
-        cdfthreshd=cdfthreshd,
-        simthreshd1=simthreshd1,
-        pvthreshd=pvthreshd,
-        causal=is_causal,
-        scale=scale,
-        key_mask=_key_mask(attn_mask, k.shape[0], s_k),
-        always_keep=_always_keep(attention_sink, s_k),
-        score="mean",
-        smooth_k=smooth_k,
-        layout=tensor_layout,
-        return_info=True,
-    )
+    sink = {"k": [(0, min(BLOCK_K, s_k))]} if attention_sink else None  # the first key block, kept by every row
+    rule: dict[str, Any] = dict(topk=topk, cdfthreshd=cdfthreshd, simthreshd1=simthreshd1, score="mean", always_keep=sink)
+    given: dict[str, Any] = dict(pvthreshd=pvthreshd, causal=is_causal, scale=scale, smooth_k=smooth_k, layout=tensor_layout)
+    result = sparse_attention(q, k, v, **rule, **given, key_mask=_key_mask(attn_mask, k.shape[0], s_k), return_info=True)
     return _finish(result, output_dtype, return_sparsity)
 
 
@@ -137,7 +121,7 @@ def block_sparse_sage2_attn_cuda(
     _refuse_dropout(dropout_p)
     s_q, s_k = (x.shape[1] if tensor_layout == "NHD" else x.shape[-2] for x in (q, k))
     if mask_id is None:
-        mask_id = torch.ones(1, 1, -(-s_q // 128), -(-s_k // 64), dtype=torch.bool, device=q.device)
+        mask_id = torch.ones(1, 1, num_blocks(s_q, BLOCK_Q), num_blocks(s_k, BLOCK_K), dtype=torch.bool, device=q.device)
     mask = mask_id != 0
     if attention_sink:
         mask = torch.cat([torch.ones_like(mask[..., :1]), mask[..., 1:]], -1)

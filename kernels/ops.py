@@ -62,7 +62,8 @@ def select(call: Call, rule: Rule, q: Tensor, k: Tensor) -> KeptBlocks:
     """The blocks that `rule` keeps."""
     if not _watched(q):
         return _select(call, rule, q, k)
-    return KeptBlocks(*_select_operator(q, k, *pack(call, rule)), num_blocks(call.s_k, BLOCK_K))
+    blocks, counts, visible = _select_operator(q, k, *pack(call, rule))
+    return KeptBlocks(blocks, counts, visible, num_blocks(call.s_k, BLOCK_K))
 
 
 def attend(call: Call, rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> Result:
@@ -73,8 +74,8 @@ def attend(call: Call, rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> Result:
     lse = rest[0] if call.want_lse else None
     if not call.want_info:
         return Result(out, lse, None, None)
-    *kept, pv_tiles = rest[-4:]
-    return Result(out, lse, KeptBlocks(*kept, num_blocks(call.s_k, BLOCK_K)), pv_tiles)
+    blocks, counts, visible, pv_tiles = rest[-4:]
+    return Result(out, lse, KeptBlocks(blocks, counts, visible, num_blocks(call.s_k, BLOCK_K)), pv_tiles)
 
 
 def _watched(q: Tensor) -> bool:
@@ -143,7 +144,7 @@ def _register() -> None:
         library.define(f"{name}({tensors}, {SCHEMA}) -> {returns}")
         library.impl(name, real, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    _attend_real.library = library  # the dispatcher holds the function, the function the library: it outlives a re-import of this module
+    vars(_attend_real)["library"] = library  # the dispatcher holds the function, the function the library: it outlives a re-import of this module
 
 
 _register()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .block_mask import BLOCK_K, BLOCK_Q, KeptBlocks, num_blocks
 from .call import Call, Rule
-from .quantize import key_centre
+from .centring import key_centre
 
 POOL_Q = 32
 VARIANCE_CAP = 8.0
@@ -232,32 +232,16 @@ def _log_count(call: Call, keys: Keys | None) -> Tensor:
     return (count / BLOCK_K).log().expand(call.batch, -1, -1)
 
 
-def block_scores(q_mean: Tensor, k_mean: Tensor, k_square: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
-    """Pooled scores and half the diagonal score variance inside each key block.
-
-    Parameters
-    ----------
-    q_mean : fp32 (H, P, D); k_mean, k_square : fp32 (H, N_k, D) with the query heads' count H; k_square None: no variance.
-
-    Returns
-    -------
-    fp32 (H, P, N_k) twice; the second None when k_square is.
-    """
-    scores = scale * (q_mean @ k_mean.mT)
-    if k_square is None:
-        return scores, None
-    variance = (k_square - k_mean.square()).clamp_min(0)
-    return scores, 0.5 * scale * scale * (q_mean.square() @ variance.mT)
-
-
 def _scores(call: Call, form: str, q: _Pool, k: _Pool, log_count: Tensor, visible: Tensor) -> Tensor:
     """Rank values (H, N_q, N_k), larger is better: scaled scores ("mean") or averaged probabilities ("subblock")."""
-    group = call.heads // call.kv_heads
+    group, scale = call.heads // call.kv_heads, call.scale
     k_mean = k.mean.repeat_interleave(group, 0)
     if form == "mean":
-        s, _ = block_scores(_full_blocks(q, q.mean), k_mean, None, call.scale)
+        s = scale * (_full_blocks(q, q.mean) @ k_mean.mT)
         return torch.where(visible, s + log_count, -math.inf)
-    s, half_variance = block_scores(q.mean, k_mean, k.square.repeat_interleave(group, 0), call.scale)
+    s = scale * (q.mean @ k_mean.mT)
+    variance = (k.square.repeat_interleave(group, 0) - k_mean.square()).clamp_min(0)
+    half_variance = 0.5 * scale * scale * (q.mean.square() @ variance.mT)  # of the scores inside a key block
     s = _blocks(s + half_variance.clamp_max(VARIANCE_CAP), BLOCK_Q // POOL_Q, -2) + log_count[:, None]
     s = torch.where(visible[:, None], s, -math.inf)
     used = _blocks((q.weight > 0).float(), BLOCK_Q // POOL_Q)

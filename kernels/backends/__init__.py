@@ -15,15 +15,7 @@ from . import torch as torch_backend
 
 
 class Backend(Protocol):
-    """What a backend's module has.
-
-    Attributes
-    ----------
-    quantised : bool
-        Whether it works on 8-bit values (else it is exact).
-    skips_pv : bool
-        Whether it profits from `pvthreshd`.
-    """
+    """What a backend's module has; `quantised` and `skips_pv` as in `BackendChoice`."""
 
     quantised: bool
     skips_pv: bool
@@ -64,10 +56,8 @@ class BackendStatus:
         Whether it can run some call here.
     reason : str or None
         Why not, or on what it runs by itself.
-    quantised : bool
-        Whether it works on 8-bit values (else it is exact).
-    skips_pv : bool
-        Whether it profits from `pvthreshd`.
+    quantised, skips_pv : bool
+        As in `BackendChoice`.
     """
 
     available: bool

@@ -1,4 +1,4 @@
-"""The backend on NVIDIA GPUs: four launches a call (statistics, pre-pass, selection, attention), one workspace, nothing read back. Hopper's own
+"""The backend on NVIDIA GPUs: four launches a call (statistics, pre-pass, selection, attention), one workspace, nothing read back. A persistent
 attention kernel takes a fifth, which puts the query blocks into order, where their lists may differ in length.
 
 8-bit: INT8 Q and K, P and V as the machine's `pv` says. A call allocates what it returns and the workspace, which holds, in bytes per element with
@@ -16,7 +16,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def _declined(device: torch.device, dtype: torch.dtype, width: int | None, maske
 
 # What a machine has does not change while a compiled function lives: torch.compile takes the answer as it is, as with
 # torch.compiler.assume_constant_result, which would load the compiler when this package is imported.
-_declined._dynamo_marked_constant = True
+vars(_declined)["_dynamo_marked_constant"] = True
 
 
 def status() -> Availability:
@@ -110,7 +110,7 @@ def run(call: Call, rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> Result:
         work.select()
         work.attend()
     results = work.results
-    return Result(results["out"], results.get("lse"), work.kept() if call.want_info else None, results.get("skips"))
+    return Result(results["out"], results.get("lse"), work.kept() if call.want_info else None, results.get("pv_tiles"))
 
 
 class Found(NamedTuple):
@@ -159,7 +159,7 @@ def _machine(index: int) -> Found:
 
 
 class _Form(NamedTuple):
-    """How P and V are held on a GPU, and what the status adds to it: that the kernel of the best form cannot be had."""
+    """How P and V are held on a GPU, and what the status adds to it: which better kernel cannot be had, and why."""
 
     pv: str
     note: str
@@ -167,17 +167,18 @@ class _Form(NamedTuple):
 
 def _form(index: int, arch: str) -> _Form:
     asked = environment.pv()
-    best = asked or config.pv_for(arch)
-    if asked is None and _persistent(arch, best):
-        reason = loader.why_not(index, tuple(config.attention_variant(arch, dim, best, masked) for dim in config.DIMS for masked in (False, True)))
-        if reason is not None:
-            return _Form(config.PV_EVERYWHERE, f"; P and V are {config.PV_EVERYWHERE}, because of {best} there is {reason}")
-    return _Form(best, "")
-
-
-def _persistent(arch: str, pv: str) -> bool:
-    """Whether attention runs on Hopper's own kernel, which is the persistent one."""
-    return config.on_hopper_kernel(arch, pv)
+    if asked is not None:
+        return _Form(asked, "")
+    *better, last = config.attention_kernels(arch)
+    reasons = []
+    for kernel in better:
+        pv = kernel.forms[0]
+        reason = loader.why_not(index, tuple(kernel.variant(dim, pv, masked) for dim in config.DIMS for masked in (False, True)))
+        if reason is None:
+            return _Form(pv, "")
+        reasons.append(f"of {pv} there is {reason}")
+    pv = last.forms[0]
+    return _Form(pv, f"; P and V are {pv}, because {' and '.join(reasons)}" if reasons else "")
 
 
 @lru_cache(maxsize=256)
@@ -185,23 +186,12 @@ def _binaries(arch: str, pv: str, dim: int, dtype: torch.dtype, masked: bool) ->
     dim = config.padded_dim(dim)
     found = {variant.name: variant for variant in config.variants(arch)}
     prepass, selection = found[config.prepass_name(dim, _DTYPES[dtype])], found[config.select_name(dim)]
-    return Binaries(pv, prepass, selection, config.attention_variant(arch, dim, pv, masked), _persistent(arch, pv))
+    kernel = config.attention_kernel(arch, pv)
+    return Binaries(pv, prepass, selection, kernel.variant(dim, pv, masked), kernel)
 
 
 class Machine:
-    """One GPU and what runs on it.
-
-    Attributes
-    ----------
-    arch : str
-        "sm_86".
-    pv : str
-        How P and V are held, one of `config.PV`.
-    note : str
-        What a report adds to the attention kernel's origin.
-    processors : int
-        Multiprocessors.
-    """
+    """One GPU ("sm_86", and its multiprocessors) and what runs on it: P and V in the form `pv`; `note` is what the status adds to that."""
 
     def __init__(self, index: int, arch: str, pv: str, note: str = ""):
         self.index, self.arch, self.pv, self.note = index, arch, pv, note
@@ -248,7 +238,7 @@ class _Work:
         self.results = {name: _empty(form.shape, form.dtype, q.device) for name, form in carved.results.items()}
         if v is not None:
             self.results["out"] = _empty_like(q)
-        tensors = {
+        tensors: dict[str, Any] = {  # and numbers, which are none of `outside` and `copied`
             "q": q, "k": k, "v": k if v is None else v, "perm": call.perm, "key_valid": call.key_mask, "block_map": rule.block_map,
             "topk_heads": rule.topk, "cdf_heads": rule.cdf, "sim_heads": rule.sim, "pv_heads": call.pvthreshd, **self.results,
         }  # fmt: skip

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from torch import Tensor
 from .. import compensation, selection
 from ..block_mask import BLOCK_K, BLOCK_Q, KeptBlocks, num_blocks
 from ..call import Availability, Call, Form, Kind, Result, Rule, SelfTest
-from ..quantize import key_centre
+from ..centring import key_centre
 
 quantised = False
 skips_pv = False
@@ -86,7 +85,7 @@ def _attend(call: Call, kept: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[
         visible, partial = selection.visibility(call, plan_keys)
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, s_q, dtype=torch.float32, device=q.device) if call.want_lse else None
-    buffers = {}
+    buffers: dict[str, Tensor] = {}
     centre = key_centre(k, None if keys is None else keys.valid) if call.compensate and call.smooth_k else None
     for b in range(batch):
         head_bias = None if bias is None else _in_order(bias[b], perm)
@@ -99,12 +98,12 @@ def _attend(call: Call, kept: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[
             q_head = _in_order(q[b, h], perm).contiguous()
             o, l = _attend_head(q_head, blocks, kept[b, h], call, want_lse)
             if call.compensate:
-                skipped = visible[b % visible.shape[0]] & ~kept[b, h]
+                pooled = visible[b % visible.shape[0]] & ~kept[b, h]
                 if partial is not None:
-                    skipped = skipped & ~partial
+                    pooled = pooled & ~partial
                 weight = None if plan_keys is None else plan_keys.weight[b]
-                head_centre = None if centre is None else centre[b, h // group]
-                o, l = _compensate(call, _Skipped(q_head, k_head, v_head, skipped, weight, head_centre), o, l)
+                head = compensation.Heads(q_head[None], k_head[None], v_head[None], weight, pooled[None])
+                o, l = _compensate(call, head, None if centre is None else centre[b, h // group], o, l)
             if keys is not None and want_lse:
                 l = l + keys.top[b]
             if perm is None:
@@ -180,8 +179,8 @@ def _attend_head(q: Tensor, blocks: _Gathered, kept: Tensor, call: Call, want_ls
         return (indptr[i], has_tail[i], (i + 1) * BLOCK_Q <= s_q)
 
     threads = torch.get_num_threads() if q.device.type == "cpu" else 1
-    for key, members in groupby(range(n_q), kind):
-        members = list(members)
+    for key, neighbours in groupby(range(n_q), kind):
+        members = list(neighbours)
         if key == ("dense",):
             rows = q[members[0] * BLOCK_Q : (members[-1] + 1) * BLOCK_Q]
             bias = None if blocks.bias is None else blocks.bias[None, None, None]
@@ -238,22 +237,10 @@ def dense(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, wa
     return out, lse
 
 
-class _Skipped(NamedTuple):
-    """One head in plan order and its skipped blocks, bool (N_q, N_k); the weight of its keys, and the centre of K, where there are such."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    blocks: Tensor
-    weight: Tensor | None
-    centre: Tensor | None
-
-
-def _compensate(call: Call, head: _Skipped, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Merges the pooled state, which is relative to the centred K, with lse of the true scores; both are relative to the largest key bias."""
-    q, scale = head.q, call.scale
-    centred = head.k.float() if head.centre is None else head.k.float() - head.centre
-    frame = 0.0 if head.centre is None else scale * (q.float() @ head.centre[0])
-    state = compensation.skipped_state(q[None], centred[None], head.v[None], head.weight, head.blocks[None], scale, shift=not call.causal)
-    o, l = compensation.merge(out[None].float(), (lse - frame)[None], q[None], state, scale)
+def _compensate(call: Call, head: compensation.Heads, centre: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Merges the pooled state of one head, whose K is not centred yet, with lse of the true scores; both are relative to the largest key bias."""
+    centred = head.k.float() if centre is None else head.k.float() - centre
+    frame = 0.0 if centre is None else call.scale * (head.q[0].float() @ centre[0])
+    state = compensation.pooled_state(head._replace(k=centred), call.scale, shift=not call.causal)
+    o, l = compensation.merge(out[None].float(), (lse - frame)[None], head.q, state, call.scale)
     return o[0].to(out.dtype), l[0] + frame

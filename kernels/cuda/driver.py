@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from ..config import number
+
 LIBRARIES = {"linux": "libcuda.so.1", "win32": "nvcuda.dll"}
 """The driver's library by platform."""
 
@@ -37,43 +39,18 @@ class Refused(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """One loaded kernel on one device.
+    """One loaded kernel on one device."""
 
-    Attributes
-    ----------
-    name : str
-        Its symbol.
-    device : int
-    handle : int
-        CUfunction.
-    shared_limit : int
-        Bytes of dynamic shared memory that a launch may ask for.
-    origin : str
-        Where its binary came from, for reports.
-    driver : Driver
-    """
-
-    name: str
+    name: str  # its symbol
     device: int
-    handle: int
-    shared_limit: int
-    origin: str
+    handle: int  # CUfunction
+    shared_limit: int  # bytes of dynamic shared memory that a launch may ask for
+    origin: str  # where its binary came from, for reports
     driver: Driver
 
 
 class Driver:
-    """The opened driver.
-
-    Parameters
-    ----------
-    library
-        The library object (ctypes.CDLL, or a test's with the same functions).
-
-    Raises
-    ------
-    Refused
-        When it cannot serve at all.
-    """
+    """The opened driver, of a library object (ctypes.CDLL, or a test's with the same functions). Raises `Refused` when it cannot serve at all."""
 
     def __init__(self, library):
         self._library = library
@@ -89,7 +66,7 @@ class Driver:
 
     def why_not(self, arch: str) -> str | None:
         """None, or the sentence that tells why this driver is too old for `arch` ("sm_120")."""
-        oldest = OLDEST_BLACKWELL if int(arch.removeprefix("sm_").rstrip("a")) >= 100 else OLDEST
+        oldest = OLDEST_BLACKWELL if number(arch) >= 100 else OLDEST
         if self.version >= oldest:
             return None
         found = _version(self.version)
@@ -177,21 +154,9 @@ class Driver:
 
 
 def launch(kernel: Kernel, grid: int, threads: int, shared: int, params: ctypes.Structure, stream: int) -> None:
-    """Starts `kernel` on `stream` (see `current_stream`); its device must be torch's current one.
+    """Starts 1 to 2 ** 31 - 1 CTAs of `kernel`, each of `threads` threads with `shared` bytes of dynamic shared memory (at most its limit).
 
-    Parameters
-    ----------
-    kernel : Kernel
-    grid : int
-        Blocks, 1 to 2 ** 31 - 1.
-    threads : int
-        Threads per block.
-    shared : int
-        Bytes of dynamic shared memory, at most `kernel.shared_limit`.
-    params : ctypes.Structure
-        The kernel's one argument; copied before this returns.
-    stream : int
-        CUstream.
+    Its device must be torch's current one, `stream` is a CUstream (see `current_stream`); `params`, its one argument, is copied before this returns.
 
     Raises
     ------

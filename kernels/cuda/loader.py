@@ -16,13 +16,13 @@ import sysconfig
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 from .. import environment
-from ..config import Variant
+from ..config import Variant, number
 from . import driver as driver_module
 from . import nvrtc
 from .driver import Driver, Kernel, Refused
@@ -36,13 +36,7 @@ LIMIT = 1024
 
 
 class NoBinary(RuntimeError):
-    """Nothing can run this kernel here.
-
-    Attributes
-    ----------
-    reasons : tuple of str
-        A sentence for every place that was asked.
-    """
+    """Nothing can run this kernel here; `reasons` has a sentence for every place that was asked."""
 
     def __init__(self, variant: str, arch: str, reasons: tuple[str, ...]):
         self.reasons = reasons
@@ -61,40 +55,20 @@ class NotNow(RuntimeError):
 
 @dataclass(frozen=True)
 class Binary:
-    """Device code and where it came from.
+    """Device code and where it came from."""
 
-    Attributes
-    ----------
-    code : bytes
-        A cubin.
-    arch : str
-        What it was compiled for: the device's own architecture or one whose binaries run on it.
-    origin : str
-        "packaged for sm_86", "compiled by NVRTC 12.8 for sm_100", or "cached, compiled by ...".
-    """
-
-    code: bytes
-    arch: str
-    origin: str
+    code: bytes  # a cubin
+    arch: str  # what it was compiled for: the device's own architecture or one whose binaries run on it
+    origin: str  # "packaged for sm_86", "compiled by NVRTC 12.8 for sm_100", or "cached, compiled by ..."
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where a loader looks.
+    """Where a loader looks."""
 
-    Attributes
-    ----------
-    folder : Path
-        Holds `manifest.json`, `cubins/` and `src/`.
-    cache : Path or None
-        May not exist yet, may be read-only; None: no cache.
-    compilers : callable
-        Yields a `nvrtc.Compiler`, or the sentence that tells why one cannot be used, for every NVRTC on this machine.
-    """
-
-    folder: Path
-    cache: Path | None
-    compilers: Callable[[], Iterator[nvrtc.Compiler | str]]
+    folder: Path  # holds `manifest.json`, `cubins/` and `src/`
+    cache: Path | None  # may not exist yet, may be read-only; None: no cache
+    compilers: Callable[[], Iterator[nvrtc.Compiler | str]]  # for every NVRTC on this machine; a sentence tells why one cannot be used
 
 
 def compatible(device: str, built: tuple[str, ...]) -> tuple[str, ...]:
@@ -115,18 +89,10 @@ class Loader:
         self.places = places
         self._kernels: dict[tuple[int, str, str], Kernel] = {}
         self._refused: dict[tuple[int, str], tuple[str, str, tuple[str, ...]]] = {}
-        self._notes: dict[tuple[int, str], tuple[str, ...]] = {}
         self._lock = threading.Lock()
 
-    # ---- binaries
-
     def find(self, arch: str, variant: Variant) -> Binary:
-        """The first binary of `variant` that may run on a device of `arch`.
-
-        Raises
-        ------
-        NoBinary
-        """
+        """The first binary of `variant` that may run on a device of `arch`. Raises `NoBinary`."""
         reasons: list[str] = []
         for binary in self._binaries(arch, variant, reasons):
             return binary
@@ -143,8 +109,10 @@ class Loader:
             return
         built = {variant.target(a): entries[variant.name] for a, entries in manifest.items() if variant.name in entries}
         fits = compatible(arch, tuple(built))
-        if not fits:
-            reasons.append(f"no packaged binary runs on {arch} (there are some for {', '.join(sorted(built, key=_split)) or 'no GPU'})")
+        if not built:
+            reasons.append("none is packaged, it is compiled where it is asked for")
+        elif not fits:
+            reasons.append(f"no packaged binary runs on {arch} (there are some for {', '.join(sorted(built, key=_split))})")
         for candidate in fits:
             try:
                 yield Binary(self._unpack(candidate, variant, built[candidate]), candidate, f"packaged for {candidate}")
@@ -205,8 +173,6 @@ class Loader:
         key = hashlib.sha256(f"{source.digest} {source.arch} {compiler.version}".encode()).hexdigest()
         return self.places.cache / f"{variant.name}-{source.arch}-{key}.cubin"
 
-    # ---- kernels
-
     def kernel(self, driver: Driver, device: int, variant: Variant, symbol: str) -> Kernel:
         """The kernel `symbol` of `variant`, loaded on `device` (torch's number of it).
 
@@ -220,10 +186,6 @@ class Loader:
         """
         found = self._kernels.get((device, variant.name, symbol))
         return found if found is not None else self._load(driver, device, variant)[symbol]
-
-    def notes(self, device: int, variant: Variant) -> tuple[str, ...]:
-        """What stood in the way of the kernels of `variant` that are loaded on `device`: a damaged file, a cache that cannot be written."""
-        return self._notes.get((device, variant.name), ())
 
     def _load(self, driver: Driver, device: int, variant: Variant) -> dict[str, Kernel]:
         with self._lock:
@@ -247,13 +209,9 @@ class Loader:
             else:
                 _keep(self._refused, key, (variant.name, arch, tuple(reasons)))
                 raise NoBinary(*self._refused[key])
-            _keep(self._notes, key, tuple(reasons))
             for symbol, kernel in loaded.items():
                 _keep(self._kernels, (device, variant.name, symbol), kernel)
             return loaded
-
-
-# ---- the loader of this process ------------------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -262,25 +220,15 @@ def default() -> Loader:
     return Loader(Places(FOLDER, environment.cache_dir(), _compilers))
 
 
-def find(arch: str, variant: Variant) -> Binary:
-    """`Loader.find` of the default loader."""
-    return default().find(arch, variant)
-
-
 def kernel(device: int, variant: Variant, symbol: str) -> Kernel:
-    """The kernel `symbol` of `variant` on `device`; a table look-up after the first time.
-
-    Raises
-    ------
-    NoBinary, NotNow
-    """
+    """`Loader.kernel` of the default loader and this machine's driver; a table look-up after the first time."""
     driver = driver_module.driver()
     if isinstance(driver, str):
         raise NoBinary(variant.name, f"device {device}", (driver,))
     return default().kernel(driver, device, variant, symbol)
 
 
-def why_not(device: int, variants: tuple[Variant, ...]) -> str | None:
+def why_not(device: int, variants: Sequence[Variant]) -> str | None:
     """None when every kernel of `variants` is loaded on `device` (which this does, but not while a CUDA graph is captured), else one text with every
     reason."""
     try:
@@ -308,9 +256,8 @@ def _compilers() -> Iterator[nvrtc.Compiler | str]:
             continue
 
 
-# ---- files of the cache: the checksum of the rest in hex, then the cubin -------------------------------------------------------------------------
-
 _HEAD = hashlib.sha256().digest_size * 2
+"""Bytes at the head of a file of the cache: the checksum of the rest in hex. The rest is the cubin."""
 
 
 def _read_cached(file: Path | None, reasons: list[str]) -> bytes | None:
@@ -356,4 +303,4 @@ def _keep(table: dict, key, value) -> None:
 
 def _split(arch: str) -> tuple[int, int]:
     """(8, 6) of "sm_86", (12, 0) of "sm_120", (9, 0) of "sm_90a"."""
-    return divmod(int(arch.removeprefix("sm_").rstrip("a")), 10)
+    return divmod(number(arch), 10)

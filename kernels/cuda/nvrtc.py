@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +32,13 @@ class CompilerError(RuntimeError):
     """NVRTC is missing, too old for the arch, or refused the program; the message is a sentence for the user."""
 
 
-# ---- the program ---------------------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Program:
-    """Everything that decides the bytes of a binary or of PTX, but for the compiler.
+    """Everything that decides the bytes of a binary or of PTX, but for the compiler."""
 
-    Attributes
-    ----------
-    name : str
-        The main file.
-    files : tuple of (str, str)
-        Name and text of the main file and of every file it includes, directly or not, the main file first.
-    arch : str
-        "sm_86" for a binary, or a virtual architecture, "compute_86", for PTX, which is text that tests can read.
-    defines : tuple of (str, int)
-    """
-
-    name: str
-    files: tuple[tuple[str, str], ...]
-    arch: str
+    name: str  # the main file
+    files: tuple[tuple[str, str], ...]  # name and text of the main file and of every file it includes, directly or not, the main file first
+    arch: str  # "sm_86" for a binary, or a virtual architecture, "compute_86", for PTX, which is text that tests can read
     defines: tuple[tuple[str, int], ...]
 
     @property
@@ -61,12 +48,28 @@ class Program:
 
     @property
     def digest(self) -> str:
-        """sha256 over options, file names and texts."""
+        """sha256 over options, file names and `bare` texts: a comment makes no binary stale."""
         whole = hashlib.sha256()
-        for part in (*self.options, *(part for file in self.files for part in file)):
+        for part in (*self.options, *(part for name, text in self.files for part in (name, bare(text)))):
             data = part.encode()
             whole.update(len(data).to_bytes(8, "little") + data)
         return whole.hexdigest()
+
+
+_LITERAL = r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')"""
+_COMMENT = re.compile(_LITERAL + r"|//[^\n]*|/\*.*?\*/", re.DOTALL)
+_BLANK = re.compile(_LITERAL + r"|[ \t\r\f\v\n]+")
+
+
+@lru_cache(maxsize=64)
+def bare(text: str) -> str:
+    """A source without comments, blank lines, indentation and runs of blanks; lines that a backslash continues are one, literals stay as they are.
+
+    Two texts that are the same so compile to the same bytes, unless they ask for the number of a line (`__LINE__`). A test keeps the sources free of
+    that, and of the literals that this does not know (raw strings, digits apart by quotes).
+    """
+    text = _COMMENT.sub(lambda m: m[1] or " ", text.replace("\\\n", ""))
+    return _BLANK.sub(lambda m: m[1] or ("\n" if "\n" in m[0] else " "), text).strip()
 
 
 def program(name: str, arch: str, defines: tuple[tuple[str, int], ...], folder: Path = SOURCES) -> Program:
@@ -84,45 +87,16 @@ def program(name: str, arch: str, defines: tuple[tuple[str, int], ...], folder: 
     return Program(name, tuple(files.items()), arch, defines)
 
 
-# ---- what comes of it ----------------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Compiled:
-    """What a compilation gave.
+    """What a compilation gave."""
 
-    Attributes
-    ----------
-    code : bytes
-        A cubin; PTX, without the NUL at its end, for a virtual architecture.
-    log : str
-        What the compiler said all the same, warnings and remarks, a line each; "" where it had nothing to say.
-    """
-
-    code: bytes
-    log: str
-
-
-def remarks(log: str) -> tuple[str, ...]:
-    """The lines of `Compiled.log` that the assembler has numbered C75..: what it did to Hopper's matrix products because the code does not keep their
-    rules. It put waits between them, or ran one after the other, which costs more than any other choice, and succeeds without a warning.
-    """
-    return tuple(line.strip() for line in log.splitlines() if "(C75" in line)
-
-
-# ---- the compiler --------------------------------------------------------------------------------------------------------------------------------
+    code: bytes  # a cubin; PTX, without the NUL at its end, for a virtual architecture
+    log: str  # what the compiler said all the same, warnings and remarks, a line each; "" where it had nothing to say
 
 
 class Compiler:
-    """One loaded NVRTC.
-
-    Parameters
-    ----------
-    library
-        The library object (ctypes.CDLL, or a test's).
-    path : str
-        Where it came from, for messages.
-    """
+    """One loaded NVRTC, of a library object (ctypes.CDLL, or a test's) and the path that it came from, for messages."""
 
     def __init__(self, library, path: str):
         self._library, self.path = library, path
@@ -140,13 +114,7 @@ class Compiler:
         return tuple(f"sm_{n}" for n in numbers)
 
     def compile(self, source: Program) -> Compiled:
-        """The binary of `source`, or its PTX where the architecture is a virtual one.
-
-        Raises
-        ------
-        CompilerError
-            With the compiler's log.
-        """
+        """The binary of `source`, or its PTX where the architecture is a virtual one. Raises `CompilerError` with the compiler's log."""
         virtual = source.arch.startswith("compute_")
         if source.arch.replace("compute_", "sm_").rstrip("a") not in self.archs():
             raise CompilerError(f"NVRTC {self.version} ({self.path}) cannot compile for {source.arch}; install a torch built for a newer CUDA")
@@ -181,9 +149,6 @@ class Compiler:
             raise CompilerError(f"{call} of {self.path} failed: {self._name(status)}")
 
 
-# ---- where it lies -------------------------------------------------------------------------------------------------------------------------------
-
-
 def library_files(folders: tuple[Path, ...], platform: str = sys.platform) -> tuple[Path, ...]:
     """Every NVRTC inside `folders` (site-packages): torch's own first, then NVIDIA's packages; the newest of a folder first."""
     patterns = ("nvrtc64_*.dll",) if platform == "win32" else ("libnvrtc.so.*", "libnvrtc-*.so*")
@@ -201,13 +166,9 @@ def plain_names(platform: str = sys.platform) -> tuple[str, ...]:
 
 
 def open_library(path: Path | str, load: Callable[[str], Any] = ctypes.CDLL) -> Compiler:
-    """The compiler at `path`.
+    """The compiler at `path`; raises `CompilerError`.
 
     Its companion, which it opens by bare name at the first compilation, is loaded before it: so it is found wherever the two lie.
-
-    Raises
-    ------
-    CompilerError
     """
     try:
         if isinstance(path, Path):
@@ -222,9 +183,6 @@ def open_library(path: Path | str, load: Callable[[str], Any] = ctypes.CDLL) -> 
 def _files(folder: Path, pattern: str) -> list[Path]:
     """Without the slower builds that lie beside the real ones under `.alt.` names."""
     return sorted(f for f in folder.glob(pattern) if ".alt." not in f.name)
-
-
-# ---- one binary in a process of its own ----------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 
+from ..config import ATTENTION
+
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
@@ -33,7 +35,7 @@ class PrepassParams(ctypes.Structure):
         *_fields("q k v", "q_stride k_stride v_stride"),
         *_fields("perm key_valid key_bias k_sum k_count v_absmax q8 q_scale k8 k_scale v8 v_scale bias2"),
         *_fields("q_mean q_square q_pool_scale k_mean k_variance k_pool_scale k_weight q_sim k_sim v_mean lse_shift"),
-        *_fields(floats="scale", ints="batch heads kv_heads s_q s_k dim splits smooth_k hadamard pv"),
+        *_fields(floats="scale", ints="batch heads kv_heads s_q s_k dim splits smooth_k pv"),
     ]
 
 
@@ -43,7 +45,7 @@ class SelectParams(ctypes.Structure):
     _fields_ = [
         *_fields("q_mean q_square k_mean k_variance q_pool_scale k_pool_scale k_weight q_sim k_sim v_mean bias2 forced_q forced_k"),
         *_fields("topk_heads cdf_heads sim_heads block_map", longs="map_batch map_head"),
-        *_fields("lists counts visible skips counter state scratch", longs="scratch_stride"),
+        *_fields("lists counts visible pv_tiles counter state scratch", longs="scratch_stride"),
         *_fields(floats="scale topk cdf sim", ints="batch heads kv_heads s_q s_k capacity"),
         *_fields(ints="subblock causal causal_offset row_in_shared shift"),
     ]
@@ -60,7 +62,7 @@ class AttentionParams(ctypes.Structure):
 
     _fields_ = [
         *_fields("q8 k8 v8 q_scale k_scale v_scale bias2 lists counts perm out", "out_stride"),
-        *_fields("lse lse_shift top pv_heads skips state row_shift counter sequence", floats="pvthreshd"),
+        *_fields("lse lse_shift top pv_heads pv_tiles state row_shift counter sequence", floats="pvthreshd"),
         *_fields(ints="batch heads kv_heads s_q s_k dim capacity causal causal_offset out_type"),
     ]
 
@@ -70,10 +72,9 @@ SYMBOLS = {
     "sparge_prepass": PrepassParams,
     "sparge_select": SelectParams,
     "sparge_sequence": SequenceParams,
-    "sparge_attention_mma": AttentionParams,
-    "sparge_attention_sm90": AttentionParams,
+    **{kernel.symbol: AttentionParams for kernel in ATTENTION},
 }
 """Kernel -> its struct."""
 
-FIELDS = {symbol: frozenset(name for name, _ in struct._fields_) for symbol, struct in SYMBOLS.items()}
+FIELDS = {symbol: frozenset(field[0] for field in struct._fields_) for symbol, struct in SYMBOLS.items()}
 """Kernel -> the names in its struct."""

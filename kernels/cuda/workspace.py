@@ -32,13 +32,13 @@ MOST_BLOCKS = 1 << 16
 
 
 class Binaries(NamedTuple):
-    """The binaries of a call, how they hold P and V, and whether the attention kernel is persistent."""
+    """The binaries of a call, how they hold P and V, and the row of the attention kernel."""
 
     pv: str
     prepass: config.Variant
     selection: config.Variant
     attention: config.Variant
-    persistent: bool
+    kernel: config.AttentionKernel
 
     @property
     def variants(self) -> tuple[config.Variant, ...]:
@@ -70,32 +70,15 @@ class Launch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Workspace:
-    """The one buffer of a call, everything in it, and the launches that work on it; the same for all calls of one `key`.
-
-    Attributes
-    ----------
-    nbytes : int
-    buffers : dict
-        By the field of the structs that points to it, if one does.
-    results : dict
-        What the call returns beside the output, by field too: it lies outside.
-    outside : tuple of str
-        The fields that point to the caller's tensors and to results.
-    copied : tuple of str
-        Those of the caller's tensors that have a copy in `buffers`.
-    prepared : bool
-        Whether prepare.fill has anything to write.
-    launches : tuple of Launch
-        In their order.
-    """
+    """The one buffer of a call, everything in it, and the launches that work on it; the same for all calls of one `key`."""
 
     nbytes: int
-    buffers: dict[str, Buffer]
-    results: dict[str, Form]
-    outside: tuple[str, ...]
-    copied: tuple[str, ...]
-    prepared: bool
-    launches: tuple[Launch, ...]
+    buffers: dict[str, Buffer]  # by the field of the structs that points to it, if one does
+    results: dict[str, Form]  # what the call returns beside the output, by field too: it lies outside
+    outside: tuple[str, ...]  # the fields that point to the caller's tensors and to results
+    copied: tuple[str, ...]  # those of the caller's tensors that have a copy in `buffers`
+    prepared: bool  # whether prepare.fill has anything to write
+    launches: tuple[Launch, ...]  # in their order
     _structs: _Structs
 
     def view(self, space: Tensor, name: str) -> Tensor:
@@ -107,7 +90,8 @@ class Workspace:
         """The structs of the launches with all but their numbers, for a workspace at address `base` and the addresses of `outside`."""
         words = np.array([0, base, *addresses], np.uint64).take(self._structs.added)
         words += self._structs.words
-        return [SYMBOLS[launch.symbol].from_buffer(words, start) for launch, start in zip(self.launches, self._structs.starts, strict=True)]
+        memory = words.data
+        return [SYMBOLS[launch.symbol].from_buffer(memory, start) for launch, start in zip(self.launches, self._structs.starts, strict=True)]
 
 
 class _Structs(NamedTuple):
@@ -124,7 +108,7 @@ class _Structs(NamedTuple):
 
 def key(call: Call, rule: Rule, inputs: prepare.Inputs) -> tuple:
     """What `carve` depends on beside the machine: all of a call, but of tensors only how they lie, and of numbers only what follows from them."""
-    fields = [*call, *rule]
+    fields: list[object] = [*call, *rule]
     for i in _VARYING:
         x = fields[i]
         if x is not None:
@@ -174,22 +158,16 @@ def _cut(call: Call, rule: Rule, processors: int, attends: bool, persistent: boo
     # A share of the blocks that is the same for all rows gives lists of one length, but for rows that keep everything: nothing to gain by sorting.
     vary = rule.block_map is not None or rule.cdf is not None or rule.judged
     persistent = attends and persistent
-    return _Cut(
-        config.padded_dim(call.dim),
-        n_q,
-        num_blocks(call.s_k, BLOCK_K),
-        capacity(call, rule),
-        *_splits(call.s_k, call.batch * call.kv_heads, processors),
-        min(call.batch * call.heads * num_blocks(n_q, TASK_BLOCKS), 2 * processors),
-        attends,
-        persistent,
-        persistent and vary and 1 < n_q <= MOST_BLOCKS,
-    )
+    in_order = persistent and vary and 1 < n_q <= MOST_BLOCKS
+    width, n_k, most = config.padded_dim(call.dim), num_blocks(call.s_k, BLOCK_K), capacity(call, rule)
+    splits, split_length = _splits(call.s_k, call.batch * call.kv_heads, processors)
+    tasks = min(call.batch * call.heads * num_blocks(n_q, TASK_BLOCKS), 2 * processors)
+    return _Cut(width, n_q, n_k, most, splits, split_length, tasks, attends, persistent, in_order)
 
 
 def carve(call: Call, rule: Rule, inputs: prepare.Inputs, binaries: Binaries, processors: int) -> Workspace:
     """Cuts the work and carves the workspace."""
-    cut = _cut(call, rule, processors, inputs.v is not None, binaries.persistent)
+    cut = _cut(call, rule, processors, inputs.v is not None, binaries.kernel.persistent)
     given = prepare.given(call, rule)
     found = _found(call, cut)
     returned = ("lists", "counts", "visible") if not cut.attends else tuple(found) if call.want_info else ()
@@ -218,7 +196,7 @@ def _found(call: Call, cut: _Cut) -> dict[str, Form]:
         "lists": Form((*rows, cut.capacity), torch.int16),
         "counts": Form(rows, torch.int32),
         "visible": Form((call.batch, 1, cut.n_q), torch.int32),
-        "skips": Form((call.batch, call.heads, 2), torch.int32),
+        "pv_tiles": Form((call.batch, call.heads, 2), torch.int32),
     }
 
 
@@ -284,7 +262,7 @@ def _launches(call: Call, cut: _Cut, binaries: Binaries, processors: int, select
     if cut.sorted:
         launches.append(Launch("sparge_sequence", binaries.selection, q_heads, 0))
     if cut.attends:
-        grid = min(processors, items) if cut.persistent else items
+        grid = binaries.kernel.grid(items, processors)
         launches.append(Launch(binaries.attention.symbols[0], binaries.attention, grid, binaries.attention.shared))
     return tuple(launches)
 
@@ -293,7 +271,7 @@ def _sizes(call: Call, rule: Rule, cut: _Cut, pv: str) -> dict[str, int]:
     """The structs' whole numbers and flags."""
     return {
         "batch": call.batch, "heads": call.heads, "kv_heads": call.kv_heads, "s_q": call.s_q, "s_k": call.s_k, "dim": call.dim,
-        "splits": cut.splits, "split_length": cut.split_length, "capacity": cut.capacity, "smooth_k": int(call.smooth_k), "hadamard": 0,
+        "splits": cut.splits, "split_length": cut.split_length, "capacity": cut.capacity, "smooth_k": int(call.smooth_k),
         "pv": config.PV.index(pv), "subblock": int(rule.block_map is None and rule.score == "subblock"), "causal": int(call.causal),
         "causal_offset": max(-call.s_q, min(call.causal_offset, call.s_k)),  # beyond these ends nothing changes, and the struct has 32 bits
         "shift": int(call.compensate and not call.causal), "scratch_stride": cut.n_k,
@@ -305,7 +283,7 @@ def _strides(rule: Rule, inputs: prepare.Inputs, given: prepare.Given) -> dict[s
     """The structs' strides, in elements: of the inputs and the output but for their last dimension, of a block map over batch and heads."""
     q, k, v = inputs
     tensors = {"q": q, "k": k, "v": k if v is None else v, "out": torch.empty_like(q, device="meta")}
-    strides = {f"{name}_stride": x.stride()[:3] for name, x in tensors.items()}
+    strides: dict[str, int | tuple[int, ...]] = {f"{name}_stride": x.stride()[:3] for name, x in tensors.items()}
     if rule.block_map is not None:
         batch, heads, n_q, n_k = rule.block_map.shape
         over = (heads * n_q * n_k, n_q * n_k) if "block_map" in given.copied else rule.block_map.stride()[:2]
@@ -314,7 +292,8 @@ def _strides(rule: Rule, inputs: prepare.Inputs, given: prepare.Given) -> dict[s
 
 
 def _structs(launches: tuple[Launch, ...], values: dict, offsets: dict[str, int], outside: tuple[str, ...]) -> _Structs:
-    code, added, starts = bytearray(), [], []
+    code, starts = bytearray(), []
+    added: list[int] = []
     for launch in launches:
         struct = SYMBOLS[launch.symbol]
         start = len(added)

@@ -16,6 +16,7 @@ import bench_host
 import bench_report
 import bench_shapes
 import bench_timing
+import cubins
 import gpu_carry
 import gpu_machines
 import gpu_rehearsal
@@ -28,7 +29,7 @@ import sparge_kernels
 import torch
 from required import missing
 from sparge_kernels import config
-from sparge_kernels.cuda import build, loader, nvrtc
+from sparge_kernels.cuda import loader, nvrtc
 
 PROGRAMS = Path(bench_gpu.__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -223,7 +224,7 @@ def test_what_times_runs_alone_and_waits_for_what_it_needs(run):
 
 
 def machine(**changes) -> dict:
-    return {"arch": "sm_90", "packaged": ["fp8", "int8"], "compiled": [], "ptx": ["sm_80"], "speed": ["Flux 1024 px"],
+    return {"arch": "sm_90", "packaged": ["fp8", "int8"], "compiled": ["fp16"], "ptx": ["sm_80"], "speed": ["Flux 1024 px"],
             "candidates": ["a", "b"], "peers": ["p"],
             "models": {"flux": 30}, "build": True, **changes}  # fmt: skip
 
@@ -231,7 +232,8 @@ def machine(**changes) -> dict:
 def test_the_most_valuable_first():
     names = [step.name for step in bench_gpu.steps(machine())]
     assert names == [
-        "build", "packaged fp8", "packaged int8", "2^31", "ptx sm_80", "speed Flux 1024 px", "ceilings", "candidate a", "candidate b", "candidates",
+        "build", "packaged fp8", "packaged int8", "compiled fp16", "2^31", "ptx sm_80", "speed Flux 1024 px", "ceilings", "candidate a",
+        "candidate b", "candidates",
         "sanitizer probe", *(f"sanitizer {tool}" for tool in bench_gpu.SANITIZERS), "peer p", "model flux",
     ]  # fmt: skip
     assert all(step.name.partition(" ")[0] in gpu_steps.STEPS for step in bench_gpu.steps(machine()))
@@ -270,7 +272,7 @@ def test_a_gpu_that_nothing_is_packaged_for_has_its_kernels_compiled(monkeypatch
         found[arch] = gpu_steps.machine(here, "")
     assert found["sm_110"]["packaged"] == [] and found["sm_110"]["compiled"] == list(config.forms("sm_110"))
     assert found["sm_110"]["ptx"] == ["sm_80", "sm_86", "sm_89", "sm_100"]
-    assert found["sm_87"]["packaged"] == ["int8", "fp16", "sm_80 int8", "sm_80 fp16"] and found["sm_87"]["compiled"] == []
+    assert found["sm_87"]["packaged"] == ["int8", "sm_80 int8"] and found["sm_87"]["compiled"] == ["fp16"]
     names = [step.name for step in bench_gpu.steps(found["sm_110"])]
     assert {f"compiled {pv}" for pv in config.forms("sm_110")} <= set(names)
 
@@ -282,15 +284,15 @@ def test_packaged_kernels_are_those_of_the_package(monkeypatch):
     monkeypatch.setattr(gpu_machines.driver, "driver", lambda: SimpleNamespace(load=lambda code, index, symbols, origin: dict.fromkeys(symbols)))
     monkeypatch.setattr(gpu_steps.bench_check, "nasty", lambda *given: iter(()))
     here = gpu_steps.Here(CPU, Base("sm_87", "int8"), lambda: None, lambda result: None)
-    gpu_steps.packaged(here, "fp16")
+    gpu_steps.packaged(here, "int8")
     assert {arch for arch, _ in asked} == {"sm_86"} and len(asked) == 6 + 2 + 4  # pre-pass, selection, attention
 
 
 @pytest.mark.parametrize("arch", config.SHIPPED)
-def test_all_forms_together_are_every_packaged_kernel(arch):
+def test_all_forms_together_are_every_kernel(arch):
     every = {(v.name, symbol) for v in config.variants(arch) for symbol in v.symbols}
-    drawn = arch == config.HOPPER
-    assert gpu_machines.expected(arch, config.forms(arch)) == {pair for pair in every if drawn or pair[1] != "sparge_sequence"}
+    persistent = arch == "sm_90"
+    assert gpu_machines.expected(arch, config.forms(arch)) == {pair for pair in every if persistent or pair[1] != "sparge_sequence"}
 
 
 @pytest.mark.parametrize("arch, pv", [("sm_89", "int8"), ("sm_120", "fp16"), ("sm_90", "fp8")])
@@ -351,10 +353,10 @@ def test_what_a_held_machine_cannot_load_is_its_reason(monkeypatch):
 @pytest.fixture(scope="module")
 def carried(tmp_path_factory):
     """(folder, items): one kernel as PTX and one candidate, compiled."""
-    if build.pinned_nvrtc() is None:
+    if cubins.pinned_nvrtc() is None:
         missing("the pinned NVRTC")
     folder, work = tmp_path_factory.mktemp("carried"), tmp_path_factory.mktemp("work")
-    every = gpu_carry.wanted(config.HOPPER)
+    every = gpu_carry.wanted("sm_90")
     items = (next(i for i in every if i.key == "ptx/sm_80/select_d64"), next(i for i in every if i.shelf == "candidates"))
     before, gpu_carry.WORK = gpu_carry.WORK, work
     try:
@@ -371,7 +373,7 @@ def test_what_is_carried_is_found_again_as_long_as_the_sources_are_the_same(carr
     (select,) = (v for v in config.variants("sm_80") if v.name == "select_d64")
     code, origin = gpu_carry.Shelf("ptx", "sm_80", folder).code(select)
     assert b".target sm_80" in code and origin.startswith("PTX for compute_80 by NVRTC 12.8")
-    shelf = gpu_carry.Shelf("candidates", config.HOPPER, folder)
+    shelf = gpu_carry.Shelf("candidates", "sm_90", folder)
     assert shelf.code(candidate.variant)[0][:4] == b"\x7fELF" and shelf.remarks(candidate.variant) == []
     assert shelf.code(select) is None  # everything else is the machine's own
     monkeypatch.setattr(nvrtc.Program, "digest", "of other sources")
@@ -391,7 +393,7 @@ def test_a_damaged_file_is_not_run(carried, tmp_path):
 
 
 def test_everything_that_an_h200_is_asked_to_run_has_a_place():
-    items = gpu_carry.wanted(config.HOPPER)
+    items = gpu_carry.wanted("sm_90")
     keys = [item.key for item in items]
     assert len(set(keys)) == len(keys)
     assert sum(item.shelf == "ptx" for item in items) == sum(len(config.variants(arch)) for arch in ("sm_80", "sm_86", "sm_89"))
@@ -402,7 +404,7 @@ def test_everything_that_an_h200_is_asked_to_run_has_a_place():
 def test_packaged_binaries_of_another_architecture():
     (select,) = (v for v in config.variants("sm_86") if v.name == "select_d64")
     code, origin = gpu_carry.packaged("sm_86", select)
-    assert origin == "packaged for sm_86" and code == loader.find("sm_86", select).code
+    assert origin == "packaged for sm_86" and code == loader.default().find("sm_86", select).code
 
 
 # ---- the sanitizer

@@ -15,6 +15,7 @@ import bench_report
 import bench_shapes
 import bench_timing
 import emulator
+import hopper_candidates
 import pytest
 import torch
 from gpu_rehearsal import Event
@@ -54,16 +55,16 @@ def test_candidates_stand_in_for_the_shipped_kernel():
     launches = []
     stub.launch = lambda kernel, grid, threads, shared, params, stream: launches.append((kernel.origin, threads, shared))
     found = bench_hopper.candidates(stub, short=False)
-    assert len(found) == 13 and [candidate.chosen[128] for candidate in found.values()] == list(config.hopper_candidates(128))
+    assert len(found) == 13 and [candidate.chosen[128] for candidate in found.values()] == list(hopper_candidates.candidates(128))
     assert set(bench_hopper.candidates(stub, short=True)) < set(found)
     q = torch.zeros(1, 1, 300, 64).half()
     for label, candidate in found.items():
         launches.clear()
         with bench_timing.using(candidate):
             bench_peers.whole_call(bench_peers.Inputs(q, q, q), 0.5)
-        variant = config.hopper_variant(64, False, candidate.chosen[64])
+        variant = hopper_candidates.variant(64, False, candidate.chosen[64])
         assert launches[-1] == (f"{variant.name}, a stub", 384, variant.shared) and [threads for _, threads, _ in launches[:-1]] == [256] * 3
-        assert candidate.chosen[64].label in label and candidate.pv == "fp8"
+        assert hopper_candidates.label(candidate.chosen[64]) in label and candidate.pv == "fp8"
 
 
 def test_a_short_run_keeps_every_kind():
@@ -78,7 +79,7 @@ def test_the_rule_of_dropped_tiles_is_the_candidates():
     machine = bench_host.StubMachine("sm_90", "fp8")
     assert bench_check.tiles_of(bench_host.StubMachine("sm_90", "int8")) == bench_check.MMA_TILES == {64: (16, 128), 128: (16, 64)}
     assert bench_check.tiles_of(machine) == {64: (64, 128), 128: (64, 128)}
-    wide = {dim: next(c for c in config.hopper_candidates(dim) if c.tile_blocks == 3) for dim in config.DIMS}
+    wide = {dim: next(c for c in hopper_candidates.candidates(dim) if c.tile_blocks == 3) for dim in config.DIMS}
     assert bench_check.tiles_of(machine, wide) == {64: (64, 192), 128: (64, 192)}
 
 
@@ -115,7 +116,7 @@ def gpu(monkeypatch, tmp_path):
     """arguments -> exit status of the whole program on an emulated GPU, with one candidate and one small call."""
     now = [0.0]
     shape = bench_shapes.Shape("tiny", 300, 300, 1, 64)
-    pair = {dim: config.hopper_config(dim) for dim in config.DIMS}
+    pair = {dim: config.HOPPER_CONFIG[dim] for dim in config.DIMS}
     properties = dict(name="Emulated Hopper", multi_processor_count=2, major=9, minor=0, total_memory=1 << 34)
     for owner, changes in {
         torch.cuda: dict(

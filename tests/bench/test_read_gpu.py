@@ -12,6 +12,7 @@ import bench_ceilings
 import bench_floors
 import bench_models
 import bench_shapes
+import hopper_candidates
 import instruction_mix
 import pytest
 import read_gpu
@@ -201,7 +202,7 @@ def test_floors_of_the_portable_tile(arch):
         for dim, keys in ((128, 64), (64, 128)):
             tile = bench_floors.tile_of(arch, dim, pv)
             assert tile.keys == keys and {name for name, _ in tile.products} | {tile.copies, "exponentials"} <= names
-            assert config.attention_shared(dim, pv) == config.STAGES * tile.nbytes
+            assert config.MMA.shared(dim, pv) == config.STAGES * tile.nbytes
             least = bench_floors.floors(tile, bench_floors.rates(arch))
             assert least["issue"] == 2 * bench_floors.INSTRUCTIONS[arch, pv][dim] and least["L2"] is None
     if arch in bench_floors.DATASHEET:
@@ -231,8 +232,8 @@ def test_the_bytes_of_the_prepass_are_those_of_its_source():
 def test_every_version_is_a_candidate():
     for dim in config.DIMS:
         labels = [version.label(dim) for version in bench_floors.VERSIONS]
-        assert labels[0] == config.hopper_config(dim).label and len(set(labels)) == len(labels)
-        assert set(labels) <= {chosen.label for chosen in config.hopper_candidates(dim)}
+        assert labels[0] == hopper_candidates.label(config.HOPPER_CONFIG[dim]) and len(set(labels)) == len(labels)
+        assert set(labels) <= {hopper_candidates.label(chosen) for chosen in hopper_candidates.candidates(dim)}
 
 
 LISTING = """

@@ -9,10 +9,13 @@ import math
 import mmap
 
 import emulator
+import hopper_candidates
 import layouts
 import pytest
+import quantized
+import reference
 import torch
-from sparge_kernels import compensation, config, quantize, reference
+from sparge_kernels import centring, compensation, config
 from sparge_kernels.cuda.params import AttentionParams, Strides
 
 LOG2E = math.log2(math.e)
@@ -51,11 +54,11 @@ class Problem:
         if key_mask is not None:
             valid = key_mask if key_mask.dtype == torch.bool else key_mask > -1e4
             bias = torch.where(valid, 0.0 if key_mask.dtype == torch.bool else key_mask, -math.inf)
-        centre = quantize.key_centre(k, valid)
+        centre = centring.key_centre(k, valid)
         take = (lambda x: x) if perm is None else (lambda x: x[:, :, perm])
         plan_valid = valid if perm is None or valid is None else valid[:, perm]
-        q8 = quantize.quantize_q(take(q))
-        k8 = quantize.quantize_k(take(k), centre, plan_valid)
+        q8 = quantized.quantize_q(take(q))
+        k8 = quantized.quantize_k(take(k), centre, plan_valid)
         t = self.tensors = {}
         t["q8"] = _padded(q8.values, n_q * 128, size)
         t["q_scale"] = torch.nn.functional.pad(q8.scale[..., 0] * (scale * LOG2E), (0, n_q * 128 - s_q))
@@ -66,7 +69,7 @@ class Problem:
             t["v8"] = _padded(values.half(), n_k * 64, size)
             t["v_scale"] = torch.ones(batch, kv_heads, size)
         else:
-            quantised = quantize.quantize_v(take(v), pv, plan_valid)
+            quantised = quantized.quantize_v(take(v), pv, plan_valid)
             rows = _padded(quantised.values.view(torch.int8), n_k * 64, size).unflatten(2, (n_k, 64))
             t["v8"] = rows[:, :, :, _key_order()].transpose(-1, -2)
             t["v_scale"] = torch.nn.functional.pad(quantised.scale[:, :, 0], (0, size - dim))
@@ -85,7 +88,7 @@ class Problem:
         if perm is not None:
             t["perm"] = perm
         t["lse_shift"] = scale * (take(q).float() * centre.repeat_interleave(heads // kv_heads, 1)).sum(-1)
-        t["skips"] = torch.zeros(batch, heads, 2, dtype=torch.int32)
+        t["pv_tiles"] = torch.zeros(batch, heads, 2, dtype=torch.int32)
         t["counter"] = torch.zeros(1, dtype=torch.int32)
         for name, value in (("state", state), ("row_shift", row_shift), ("pv_heads", pv_heads), ("sequence", sequence)):
             if value is not None:
@@ -106,11 +109,11 @@ class Problem:
         p.causal, p.causal_offset = int(causal), causal_offset
         self.kernel, self.items = kernel, batch * heads * n_q
         if kernel == "sm90":
-            chosen = chosen or config.hopper_config(size)
-            self.variant, self.grid = config.hopper_variant(size, key_mask is not None, chosen), 2
+            chosen = chosen or config.HOPPER_CONFIG[size]
+            self.variant, self.grid = hopper_candidates.variant(size, key_mask is not None, chosen), 2
             self.row_group, self.key_tile = 64, 64 * chosen.tile_blocks
         else:
-            self.variant, self.grid = config.attention_variant("sm_89", size, pv, key_mask is not None), self.items
+            self.variant, self.grid = config.attention_kernel("sm_89", pv).variant(size, pv, key_mask is not None), self.items
             self.row_group, self.key_tile = 16, 64 * config.TILE_BLOCKS[size]
 
     def run(self, seed: int = 0, replace: tuple = (), grid: int | None = None):
@@ -118,7 +121,7 @@ class Problem:
         outputs = [self.flat] if self.lse is None else [self.flat, self.lse]
         for x in outputs:
             x.fill_(math.nan)
-        for name in ("skips", "counter"):
+        for name in ("pv_tiles", "counter"):
             self.tensors[name].zero_()
         grid = grid or self.grid
         (symbol,) = self.variant.symbols
@@ -126,7 +129,7 @@ class Problem:
         emulator.check_guards(*outputs)
         # Of the sm90 kernel's blocks each draws until there is nothing left.
         assert int(self.tensors["counter"]) == (self.items + grid if self.kernel == "sm90" else 0)
-        return self.out.clone(), None if self.lse is None else self.lse.clone(), self.tensors["skips"].clone()
+        return self.out.clone(), None if self.lse is None else self.lse.clone(), self.tensors["pv_tiles"].clone()
 
 
 def inputs(seed, batch, heads, kv_heads, s_q, s_k, dim, dtype=torch.float32):
@@ -323,14 +326,14 @@ def test_weights_of_huge_scores_do_not_wrap(kernel, size):
 
 @all_forms
 @both_dims
-def test_the_state_of_skipped_blocks_joins_at_the_end(kernel, pv, dim):
+def test_the_state_of_pooled_blocks_joins_at_the_end(kernel, pv, dim):
     q, k, v, kept = inputs(13, 1, 2, 2, 300, 500, dim)
     v = k + 0.5 * v
     kept[0, 1, 1] = False  # a row that lives of the state alone
     kept[0, 0, 2] = True  # and one without a state
     scale = dim**-0.5
-    centre = quantize.key_centre(k)
-    state = compensation.skipped_state(q[0], (k - centre)[0], v[0], None, ~kept[0], scale)
+    centre = centring.key_centre(k)
+    state = compensation.pooled_state(compensation.Heads(q[0], (k - centre)[0], v[0], None, ~kept[0]), scale)
     packed = torch.cat([state.m0[..., None] * LOG2E, state.l0[..., None], state.shift_weight[..., None], state.l0[..., None] * 0, state.u], -1)
     packed[..., 0] = torch.where(state.m0 <= -1e30, -1e30, packed[..., 0])
     shift = scale * (q[0] @ state.covariance.mT)
@@ -451,10 +454,10 @@ def test_what_an_item_leaves_in_shared_memory_does_not_reach_the_next(dim):
     assert out[0, 0].isnan().all() and torch.equal(out[0, 1], clean[0, 1])
 
 
-CANDIDATES = [(dim, chosen) for dim in config.DIMS for chosen in config.hopper_candidates(dim)]
+CANDIDATES = [(dim, chosen) for dim in config.DIMS for chosen in hopper_candidates.candidates(dim)]
 
 
-@pytest.mark.parametrize(("dim", "chosen"), CANDIDATES, ids=[f"d{dim} {chosen.label}" for dim, chosen in CANDIDATES])
+@pytest.mark.parametrize(("dim", "chosen"), CANDIDATES, ids=[f"d{dim} {hopper_candidates.label(chosen)}" for dim, chosen in CANDIDATES])
 def test_every_candidate(dim, chosen):
     q, k, v, kept = inputs(20, 1, 2, 1, 200, 900, dim)
     q, k = ramp(q, k)

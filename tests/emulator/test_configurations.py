@@ -34,7 +34,7 @@ ANY_ARCH = (
     attention("every_variant_on_odd_lengths", "mma", "int8", 64, True),
     attention("every_variant_on_odd_lengths", "mma", "fp16", 128, False),
     attention("tiles_far_below_are_dropped_as_the_reference_drops_them", "mma", "int8", 64),
-    attention("the_state_of_skipped_blocks_joins_at_the_end", "mma", "int8", 64),
+    attention("the_state_of_pooled_blocks_joins_at_the_end", "mma", "int8", 64),
     attention("a_bitwise_repeat_in_any_order", "mma"),
 )
 """Needs nothing that came after sm_80."""
@@ -46,10 +46,10 @@ CHECKS = (
     attention("every_variant_on_odd_lengths", "sm90", "fp8", 128, False),
     attention("tiles_far_below_are_dropped_as_the_reference_drops_them", "sm90", "fp8", 64),
     attention("a_bitwise_repeat_in_any_order", "sm90"),
-    *(whole("shapes", 1, 2, 1, 200, 200, 64, form, 0.4) for form in ("int8", "fp16", "sm90")),
+    *(whole("shapes", (1, 2, 1, 200, 200, 64), form, 0.4) for form in ("int8", "fp16", "sm90")),
     whole("half_precision", torch.bfloat16, 128),
-    whole("causal", "int8", 200, 333, 64, 63),
-    whole("causal", "sm90", 333, 200, 128, 0),
+    whole("causal", "int8", (200, 333, 64), 63),
+    whole("causal", "sm90", (333, 200, 128), 0),
     whole("key_masks", "bias with -1e4", True, "int8"),
     whole("key_masks", "scattered", False, "sm90"),
     whole("rules", "cdf", "sm90"),

@@ -119,13 +119,11 @@ def test_atomic_add_hands_out_every_number_once():
     [
         pytest.param(0, r"lanes of one warp in different places.*wait in shuffle_xor at samples\.cuh:\d+.*wait in shuffle_xor", id="two-shuffles"),
         pytest.param(1, r"lanes of one warp in different places.*(vote.*shuffle_xor|shuffle_xor.*vote)", id="shuffle-and-vote"),
-        pytest.param(
-            2, "in (sync_block while lanes of its warp wait|shuffle_xor while lanes of its warp wait in sync_block)", id="shuffle-and-barrier"
-        ),
-        pytest.param(3, "(ended while other threads wait in sync_block|in sync_block, which threads that have ended)", id="ended-before-barrier"),
+        pytest.param(2, "in (sync_cta while lanes of its warp wait|shuffle_xor while lanes of its warp wait in sync_cta)", id="shuffle-and-barrier"),
+        pytest.param(3, "(ended while other threads wait in sync_cta|in sync_cta, which threads that have ended)", id="ended-before-barrier"),
         pytest.param(4, "(ended while lanes of its warp wait|in shuffle_xor, which lanes of its warp that have ended)", id="ended-before-shuffle"),
-        pytest.param(5, "in another sync_block than the threads before it", id="two-barriers"),
-        pytest.param(6, r"no end after 0\.3 s.*run, last seen in sync_block", id="hang"),
+        pytest.param(5, "in another sync_cta than the threads before it", id="two-barriers"),
+        pytest.param(6, r"no end after 0\.3 s.*run, last seen in sync_cta", id="hang"),
     ],
 )
 def test_threads_that_do_not_meet(which, message):
@@ -495,7 +493,17 @@ def test_a_missing_compiler(monkeypatch):
 # ---- sanitisers
 
 
-@pytest.mark.skipif(emulator.sanitised(), reason="runs such processes itself")
+@pytest.fixture(scope="module")
+def sanitised():
+    """Every test of under_sanitizer.py: how its process ended, and what that wrote to stderr."""
+    if emulator.sanitised():
+        pytest.skip("runs such processes itself")
+    done = emulator.run_sanitised("-s", "tests/emulator/under_sanitizer.py")
+    ended = re.findall(r"(.*?)^(test_\w+) ended with (-?\d+)$", done.stderr, re.S | re.M)
+    assert done.returncode == 0 and ended, done.stdout + done.stderr
+    return {test: (int(status), report) for report, test, status in ended}
+
+
 @pytest.mark.parametrize(
     "test, finding",
     [
@@ -508,8 +516,8 @@ def test_a_missing_compiler(monkeypatch):
         ("test_misaligned_read", "misaligned address"),
     ],
 )
-def test_sanitised(test, finding):
-    done = emulator.run_sanitised("-s", f"tests/emulator/under_sanitizer.py::{test}")
-    assert done.returncode == (emulator.SANITIZED_EXIT if finding else 0), done.stdout + done.stderr
+def test_sanitised(sanitised, test, finding):
+    status, report = sanitised[test]
+    assert status == (emulator.SANITIZED_EXIT if finding else 0), report
     if finding:
-        assert finding in done.stderr and "samples.cuh" in done.stderr, done.stderr
+        assert finding in report and "samples.cuh" in report, report

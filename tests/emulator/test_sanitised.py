@@ -37,6 +37,10 @@ RUNS = {
         "test_prepass.py::test_sizes[d1-s1]",
         "test_prepass.py::test_views[float32-128-wide_rows]",
         "test_prepass.py::test_views[bfloat16-40-shifted]",
+        # Rows that no 16-byte load may touch, sizes that end in the middle of everything.
+        *(f"test_prepass.py::test_views[float16-64-{view}]" for view in ("nhd", "shifted", "wide_rows", "fused_qkv")),
+        "test_prepass.py::test_sizes[d40-s63]",
+        "test_prepass.py::test_sizes[d37-s333]",
     ),
     "select": (
         "test_select.py::test_lengths[161-385-subblock]",
@@ -49,8 +53,9 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("kernel", RUNS)
-def test_nothing_to_find(kernel):
-    done = emulator.run_sanitised(*(f"tests/emulator/{node}" for node in RUNS[kernel]))
+def test_nothing_to_find():
+    """One process for all: most of its time goes into loading PyTorch."""
+    tests = [test for tests in RUNS.values() for test in tests]
+    done = emulator.run_sanitised(*(f"tests/emulator/{test}" for test in tests))
     assert done.returncode == 0, f"{done.stdout[-5000:]}\n{done.stderr[-10000:]}"
-    assert f"{len(RUNS[kernel])} passed" in done.stdout, done.stdout
+    assert f"{len(tests)} passed" in done.stdout, done.stdout

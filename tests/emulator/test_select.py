@@ -130,7 +130,7 @@ class Problem:
         head = (self.batch, self.heads, self.n_q)
         out = SimpleNamespace(
             lists=emulator.guarded((*head, capacity), torch.uint16), counts=emulator.guarded(head, torch.int32),
-            visible=emulator.guarded((self.batch, self.n_q), torch.int32), skips=emulator.guarded((self.batch, self.heads, 2), torch.int32),
+            visible=emulator.guarded((self.batch, self.n_q), torch.int32), pv_tiles=emulator.guarded((self.batch, self.heads, 2), torch.int32),
             scratch=emulator.guarded((grid, 64, stride), torch.float32), counter=emulator.guarded((1,), torch.int32),
         )  # fmt: skip
         if not counted:
@@ -152,7 +152,7 @@ class Problem:
             params.map_batch, params.map_head = (block_map.shape[0] > 1) * block_map.shape[1] * size, (block_map.shape[1] > 1) * size
         library(self.size, **how).launch("sparge_select", grid, params, shared=shared, seed=seed)
         emulator.check_guards(*vars(out).values())
-        assert not out.skips.any() and not (counted and out.counter.any())
+        assert not out.pv_tiles.any() and not (counted and out.counter.any())
         return out
 
     def map_of(self, out) -> torch.Tensor:
@@ -450,12 +450,12 @@ def state_by_torch(problem: Problem, kept: torch.Tensor) -> tuple[torch.Tensor, 
     visible, partial = selection.visibility(problem.call(), problem.keys)
     found = []
     for b in range(problem.batch):
-        skipped = visible[b % visible.shape[0]] & ~kept[b]
+        pooled = visible[b % visible.shape[0]] & ~kept[b]
         if partial is not None:
-            skipped = skipped & ~partial
+            pooled = pooled & ~partial
         weight = None if problem.keys is None else problem.keys.weight[b]
         k, v = (x[b].float().repeat_interleave(group, 0) for x in (problem.centred, problem.v))
-        state = compensation.skipped_state(problem.q[b], k, v, weight, skipped, problem.scale, shift=not o["causal"])
+        state = compensation.pooled_state(compensation.Heads(problem.q[b], k, v, weight, pooled), problem.scale, shift=not o["causal"])
         found.append((state.m0, state.l0, state.shift_weight, state.u))
     return tuple(torch.stack(x) for x in zip(*found, strict=True))
 
@@ -514,9 +514,9 @@ def test_compensation_state(case, dim):
         kept = problem.map_of(out)
         m0, l0, shift, u = state_by_torch(problem, kept)
         got = out.state
-        nothing = m0 <= compensation.NOTHING_SKIPPED
+        nothing = m0 <= compensation.NOTHING_POOLED
         assert (nothing.all() if case == "dense" else not nothing.all()) and not got.isnan().any()
-        assert (got[..., 0][nothing] == compensation.NOTHING_SKIPPED).all() and not got[..., 1:][nothing].any()
+        assert (got[..., 0][nothing] == compensation.NOTHING_POOLED).all() and not got[..., 1:][nothing].any()
         some = ~nothing
         # Exponents up to about 40 differ by fp32 rounding on both sides, masses by as much relative to themselves.
         torch.testing.assert_close(got[..., 0][some] / LOG2E, m0[some], rtol=2e-6, atol=1e-5)
@@ -576,7 +576,7 @@ def test_sequence_of_equal_lists_is_the_order_without_one():
     "old, new",
     [
         ("counts[j] >= count + (j <= i)", "counts[j] >= count + (j < i)"), ("counts[j] >= count + (j <= i)", "counts[j] > count - (j < i)"),
-        ("counts[j] >= count + (j <= i)", "counts[j] > count"), ("p.counts + block_id() * n_q", "p.counts"),
+        ("counts[j] >= count + (j <= i)", "counts[j] > count"), ("p.counts + cta_id() * n_q", "p.counts"),
         ("i < n_q; i += 256", "i < min_of(n_q, 256); i += 256"),
     ],
     ids=["counts itself", "first of equal ones first", "ties share a rank", "one head for all", "256 query blocks only"],

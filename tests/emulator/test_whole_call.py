@@ -7,13 +7,13 @@ import ctypes
 import math
 
 import pytest
+import reference
 import torch
 from sparge_kernels import (
     UnsupportedCall,
     block_sparse_attention,
     merge_lse,
     order,
-    reference,
     select_blocks,
     sparse_attention,
 )
@@ -24,22 +24,21 @@ from sparge_kernels.cuda import workspace
 from whole_call import ARCHS, FLAT_BOUND, FORMS, check, clustered, falling, normal, qkv
 
 SHAPES = [
-    pytest.param(1, 2, 2, 1, 1, 64, id="S 1"),
-    pytest.param(1, 2, 2, 63, 63, 128, id="S 63, D 128"),
-    pytest.param(1, 2, 1, 200, 200, 64, id="S 200, GQA 2 to 1"),
-    pytest.param(1, 1, 1, 200, 333, 128, id="S_q 200, S_k 333, D 128"),
-    pytest.param(2, 3, 1, 130, 65, 40, id="batch 2, MQA, S_q 130, S_k 65, D 40"),
-    pytest.param(1, 1, 1, 1, 200, 96, id="S_q 1, S_k 200, D 96"),
-    pytest.param(1, 1, 1, 257, 1, 1, id="S_q 257, S_k 1, D 1"),
+    (1, 2, 2, 1, 1, 64),
+    (1, 2, 2, 63, 63, 128),
+    (1, 2, 1, 200, 200, 64),
+    (1, 1, 1, 200, 333, 128),
+    (2, 3, 1, 130, 65, 40),
+    (1, 1, 1, 1, 200, 96),
+    (1, 1, 1, 257, 1, 1),
 ]
+"""Batch, heads, heads of K and V, lengths of Q and K, head_dim."""
 
 
-@pytest.mark.parametrize("topk", [1, 0.4])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("b, h, h_kv, s_q, s_k, d", SHAPES)
-def test_shapes(machine, b, h, h_kv, s_q, s_k, d, form, topk):
+@pytest.mark.pairs(shape=SHAPES, form=FORMS, topk=[1, 0.4])
+def test_shapes(machine, shape, form, topk):
     used = machine(form)
-    q, k, v = qkv(b, h, h_kv, s_q, s_k, d)
+    q, k, v = qkv(*shape)
     out, lse, info = sparse_attention(q, k, v, topk=topk, backend="cuda", return_lse=True, return_info=True)
     attention = "sparge_attention_sm90" if form == "sm90" else "sparge_attention_mma"
     assert used.launched == ["sparge_statistics", "sparge_prepass", "sparge_select", attention] and info.backend == "cuda"
@@ -113,12 +112,10 @@ def test_layout_nhd(machine, form):
     assert torch.equal(out.transpose(1, 2), plain) and torch.equal(lse, plain_lse) and out.is_contiguous()
 
 
-@pytest.mark.parametrize("offset", [0, 63, -64, -500, 5000, -(1 << 39), 1 << 39])
-@pytest.mark.parametrize("s_q, s_k, d", [(200, 333, 64), (333, 200, 128)], ids=str)
-@pytest.mark.parametrize("form", ["int8", "sm90"])
-def test_causal(machine, form, s_q, s_k, d, offset):
+@pytest.mark.pairs(form=["int8", "sm90"], shape=[(200, 333, 64), (333, 200, 128)], offset=[0, 63, -64, -500, 5000, -(1 << 39), 1 << 39])
+def test_causal(machine, form, shape, offset):
     machine(form)
-    q, k, v = qkv(1, 2, 1, s_q, s_k, d)
+    q, k, v = qkv(1, 2, 1, *shape)
     how = dict(causal=True, causal_offset=offset)
     out, lse, info = sparse_attention(q, k, v, topk=0.4, **how, backend="cuda", return_lse=True, return_info=True)
     assert torch.equal(info.kept.to_map(), select_blocks(q, k, topk=0.4, **how, backend="torch").to_dense())
@@ -142,9 +139,7 @@ def key_masks(s_k: int):
 KEY_MASKS = key_masks(333)
 
 
-@pytest.mark.parametrize("form", ["int8", "sm90"])
-@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
-@pytest.mark.parametrize("name", KEY_MASKS)
+@pytest.mark.pairs(name=KEY_MASKS, causal=[False, True], form=["int8", "sm90"])
 def test_key_masks(machine, name, causal, form):
     machine(form)
     q, k, v = qkv(2, 2, 1, 200, 333, 64)
@@ -186,9 +181,7 @@ def test_order(machine, kind, form, extra):
     assert torch.equal(again, out)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (2, 1), (2, 4)], ids=str)
-@pytest.mark.parametrize("d", [64, 128])
-@pytest.mark.parametrize("form", ["int8", "sm90"])
+@pytest.mark.pairs(shape=[(1, 1), (1, 4), (2, 1), (2, 4)], d=[64, 128], form=["int8", "sm90"])
 def test_block_masks_with_empty_and_full_rows(machine, form, d, shape):
     machine(form)
     q, k, v = qkv(2, 4, 2, 300, 333, d)
@@ -324,9 +317,7 @@ def test_two_key_ranges_merge_to_the_whole(machine):
     assert (out - exact).norm() / exact.norm() < FLAT_BOUND["int8"] and (lse - exact_lse).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("form", ["int8", "sm90"])
-@pytest.mark.parametrize("where", ["q", "k", "v"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.pairs(value=[math.nan, math.inf, -math.inf], where=["q", "k", "v"], form=["int8", "sm90"])
 def test_nan_and_inf_stay_inside_their_head(machine, value, where, form):
     machine(form)
     q, k, v = clustered(1, 2, 4, 200, 64), clustered(3, 2, 2, 200, 64), clustered(5, 2, 2, 200, 64)

@@ -137,11 +137,11 @@ def _check_lse(lse, truth, tolerance: float = 1e-5) -> None:
 
 @pytest.fixture(scope="session")
 def naive():
-    """The references: dense, sdpa, allowed, check (bound of style.md rule 22), check_lse, select, compare_maps."""
+    """The references: dense, sdpa, allowed, check (bound of docs/design/style.md rule 22), check_lse, select, compare_maps."""
     return SimpleNamespace(dense=_dense, sdpa=_sdpa, allowed=_allowed, check=_check, check_lse=_check_lse, select=_select, compare_maps=_compare_maps)
 
 
-# Selection, from algorithm.md "Stage 1" and api.md, in plain loops.
+# Selection, from docs/design/algorithm.md, in plain loops.
 
 
 def _select(q, k, *, topk=None, cdfthreshd=None, simthreshd1=-0.1, causal=False, causal_offset=0, scale=None, key_mask=None, always_keep=None,

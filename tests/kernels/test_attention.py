@@ -6,8 +6,9 @@ import math
 import mmap
 
 import pytest
+import reference
 import torch
-from sparge_kernels import AttentionInfo, BlockMask, block_sparse_attention, merge_lse, order, reference, select_blocks, sparse_attention
+from sparge_kernels import AttentionInfo, BlockMask, block_sparse_attention, merge_lse, order, select_blocks, sparse_attention
 from sparge_kernels import block_mask as block_mask_module
 from sparge_kernels.block_mask import KeptBlocks
 
@@ -132,9 +133,7 @@ def key_masks():
 KEY_MASKS = key_masks()
 
 
-@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
-@pytest.mark.parametrize("topk", [1, 0.3])
-@pytest.mark.parametrize("name", KEY_MASKS)
+@pytest.mark.pairs(name=KEY_MASKS, topk=[1, 0.3], causal=[False, True])
 def test_key_masks(rand, naive, name, topk, causal):
     q, k, v = qkv(rand, 2, 4, 2, 200, 333, 40)
     mask = KEY_MASKS[name]
@@ -166,11 +165,9 @@ def test_float_bias_in_half_precision(rand, naive, dtype):
         naive.check(out, q, k, v, key_mask=given)
 
 
-@pytest.mark.parametrize("topk", [1, 0.3])
-@pytest.mark.parametrize("offset", [0, 1, 63, 64, 300, -1, -64, -130, -500, 5000])
-@pytest.mark.parametrize("s_q, s_k", [(1, 1), (200, 200), (333, 200), (200, 333)])
-def test_causal(rand, naive, s_q, s_k, offset, topk):
-    q, k, v = qkv(rand, 1, 4, 2, s_q, s_k, 40)
+@pytest.mark.pairs(offset=[0, 1, 63, 64, 300, -1, -64, -130, -500, 5000], lengths=[(1, 1), (200, 200), (333, 200), (200, 333)], topk=[1, 0.3])
+def test_causal(rand, naive, lengths, offset, topk):
+    q, k, v = qkv(rand, 1, 4, 2, *lengths, 40)
     out, lse, info = sparse_attention(q, k, v, topk=topk, causal=True, causal_offset=offset, return_lse=True, return_info=True)
     naive.check(out, q, k, v, lse=lse, causal=True, causal_offset=offset, blocks=info.block_mask.to_dense())
     if topk == 1:
@@ -285,9 +282,7 @@ def test_pvthreshd_is_only_a_permission(clustered):
 # Block masks.
 
 
-@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (2, 1), (2, 4)], ids=str)
-@pytest.mark.parametrize("form", ["tensor", "BlockMask"])
+@pytest.mark.pairs(form=["tensor", "BlockMask"], shape=[(1, 1), (1, 4), (2, 1), (2, 4)], causal=[False, True])
 def test_block_masks_with_empty_and_full_rows(rand, naive, form, shape, causal):
     q, k, v = qkv(rand, 2, 4, 2, 1000, 700, 40)
     dense = torch.rand(*shape, 8, 11, generator=torch.Generator().manual_seed(3)) > 0.6
@@ -472,12 +467,12 @@ def test_runs_twice_bitwise_equal_and_leaves_inputs_alone(rand, topk, compensate
 # NaN and Inf stay where they are.
 
 
-@pytest.mark.parametrize("compensate", [False, True], ids=["", "compensate"])
-@pytest.mark.parametrize(
-    "options", [dict(topk=1), dict(topk=0.3), dict(cdfthreshd=0.5), dict(topk=0.3, simthreshd1=0.5), dict(topk=0.3, causal=True)], ids=str
+@pytest.mark.pairs(
+    options=[dict(topk=1), dict(topk=0.3), dict(cdfthreshd=0.5), dict(topk=0.3, simthreshd1=0.5), dict(topk=0.3, causal=True)],
+    where=["q", "k", "v"],
+    value=[math.nan, math.inf, -math.inf],
+    compensate=[False, True],
 )
-@pytest.mark.parametrize("where", ["q", "k", "v"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_nan_and_inf_stay_inside_their_head(clustered, value, where, options, compensate):
     q, k, v = clustered(1, 2, 4, 333, 32), clustered(3, 2, 2, 333, 32), clustered(5, 2, 2, 333, 32)
     clean, clean_lse = sparse_attention(q, k, v, **options, compensate=compensate, return_lse=True)

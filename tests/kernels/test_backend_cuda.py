@@ -26,7 +26,7 @@ from sparge_kernels.backends import choose
 from sparge_kernels.backends import cuda as backend
 from sparge_kernels.call import Call, Kind, Rule
 from sparge_kernels.cuda import loader, prepare, workspace
-from sparge_kernels.cuda.params import SYMBOLS, Strides
+from sparge_kernels.cuda.params import FIELDS, SYMBOLS, Strides
 from torch.utils._python_dispatch import TorchDispatchMode
 
 KERNELS = ["sparge_statistics", "sparge_prepass", "sparge_select", "sparge_attention_mma"]
@@ -189,7 +189,7 @@ def test_hoppers_grid_is_the_device(hopper, rand, b, h, s_q, grid):
     q, k, v = torch.zeros(b, h, s_q, 8).half(), *torch.zeros(2, b, h, 64, 8).half()
     backend.run(call_of(q, k), Rule(None, 0.5, -1.0), q, k, v)
     found = {name: (variant, got, shared, threads) for name, variant, got, shared, _, threads in hopper.launched}
-    variant = config.hopper_variant(64, False, config.hopper_config(64))
+    variant = config.SM90.variant(64, "fp8", False)
     assert found["sparge_attention_sm90"] == (variant.name, grid, variant.shared, 384)
     if s_q > 128:
         assert found["sparge_sequence"] == ("select_d64", b * h, 0, 256)
@@ -245,7 +245,7 @@ def test_sizes_strides_and_scalars(machine, rand):
     out, lse, kept, tiles = backend.run(call, Rule(heads, 0.7, 0.2, "mean"), q, k, v)
     got = launched(machine)
     for params in got.values():
-        for name, value in dict(batch=2, heads=4, kv_heads=2, s_q=333, s_k=400, dim=72, smooth_k=0, hadamard=0, pv=0, capacity=7).items():
+        for name, value in dict(batch=2, heads=4, kv_heads=2, s_q=333, s_k=400, dim=72, smooth_k=0, pv=0, capacity=7).items():
             assert params.get(name, value) == value, name
     assert got["sparge_prepass"]["q_stride"] == q.stride()[:3] == got["sparge_attention_mma"]["out_stride"]
     assert got["sparge_statistics"]["k_stride"] == got["sparge_prepass"]["k_stride"] == k.stride()[:3]
@@ -256,7 +256,7 @@ def test_sizes_strides_and_scalars(machine, rand):
     assert select["topk_heads"] and not select["cdf_heads"] and not select["sim_heads"]
     assert select["causal"] == attend["causal"] == 1 and select["causal_offset"] == attend["causal_offset"] == -333
     assert attend["pvthreshd"] == 9 and not attend["pv_heads"] and attend["out_type"] == 0
-    for name, tensor in dict(lists=kept.blocks, counts=kept.counts, visible=kept.visible, skips=tiles).items():
+    for name, tensor in dict(lists=kept.blocks, counts=kept.counts, visible=kept.visible, pv_tiles=tiles).items():
         assert select[name] == tensor.data_ptr() and attend.get(name, tensor.data_ptr()) == tensor.data_ptr()
     assert (attend["out"], attend["lse"]) == (out.data_ptr(), lse.data_ptr()) and attend["row_shift"] is None
     statistics = machine.launched[-4]
@@ -265,8 +265,8 @@ def test_sizes_strides_and_scalars(machine, rand):
 
 
 OUTSIDE = {
-    "sparge_statistics": {"k", "v"}, "sparge_prepass": {"q", "k", "v"}, "sparge_select": {"lists", "counts", "visible", "skips"},
-    "sparge_attention_mma": {"lists", "counts", "skips", "out"},
+    "sparge_statistics": {"k", "v"}, "sparge_prepass": {"q", "k", "v"}, "sparge_select": {"lists", "counts", "visible", "pv_tiles"},
+    "sparge_attention_mma": {"lists", "counts", "pv_tiles", "out"},
 }  # fmt: skip
 OPTIONAL = {
     "lse": {"lse", "lse_shift"}, "bool mask": {"key_valid", "bias2"}, "float mask": {"key_bias", "bias2", "top"},
@@ -320,8 +320,8 @@ def carved(*, q_shape=(2, 4, 333, 40), k_shape=(2, 2, 1000, 40), rule=None, pv="
     mask = torch.empty(k_shape[0], k_shape[2], dtype=torch.bool, device="meta") if masked else None
     found = {variant.name: variant for variant in config.variants("sm_90")}
     dim = config.padded_dim(q_shape[3])
-    attention = config.attention_variant("sm_90", dim, pv, masked)
-    binaries = workspace.Binaries(pv, found[f"prepass_d{dim}_float16"], found[f"select_d{dim}"], attention, pv == "fp8")
+    kernel = config.attention_kernel("sm_90", pv)
+    binaries = workspace.Binaries(pv, found[f"prepass_d{dim}_float16"], found[f"select_d{dim}"], kernel.variant(dim, pv, masked), kernel)
     return workspace.carve(call_of(q, k, key_mask=mask, **options), rule or Rule(0.3), prepare.Inputs(q, k, k), binaries, processors)
 
 
@@ -337,7 +337,7 @@ def test_buffers_are_aligned_and_do_not_overlap(pv, features, want_info):
         assert buffer.offset % 256 == 0 and buffer.offset >= end
         end = buffer.offset + math.prod(buffer.shape) * buffer.dtype.itemsize
     assert end <= made.nbytes < end + 256
-    assert set(made.results) == ({"lists", "counts", "visible", "skips"} if want_info else set()) | ({"lse"} if want_lse else set())
+    assert set(made.results) == ({"lists", "counts", "visible", "pv_tiles"} if want_info else set()) | ({"lse"} if want_lse else set())
     elsewhere = {name: (1 << 50) + i for i, name in enumerate(made.outside)}
     structs = made.structs(1 << 40, list(elsewhere.values()))
     names = ["statistics", "prepass", "select", *(["sequence"] if judged and pv == "fp8" else []), f"attention_{'sm90' if pv == 'fp8' else 'mma'}"]
@@ -399,9 +399,7 @@ def test_a_workspace_is_carved_once_and_few_are_remembered(machine, rand, monkey
     assert len(count) == 6 and machine.launched[-2][2] == 6
 
 
-@pytest.mark.parametrize("processors", [1, 16, 132, 170])
-@pytest.mark.parametrize("s_k", [1, 16, 17, 63, 1000, 118000])
-@pytest.mark.parametrize("heads", [1, 3, 24, 300])
+@pytest.mark.pairs(s_k=[1, 16, 17, 63, 1000, 118000], heads=[1, 3, 24, 300], processors=[1, 16, 132, 170])
 def test_splits_cover_the_keys_in_whole_strides(heads, s_k, processors):
     splits, length = workspace._splits(s_k, heads, processors)
     assert length % 16 == 0 and (splits - 1) * length < s_k <= splits * length and 1 <= splits <= 32
@@ -607,6 +605,51 @@ def test_without_its_own_kernel_hopper_takes_the_common_one_and_says_so(gpu, mon
         "Some GPU: sm_90, attention_mma_d128_int8, packaged for sm_90; P and V are int8, because of fp8 there is "
         "no binary of attention_sm90_d64_fp8 for sm_90: nothing compiles it"
     )
+
+
+@pytest.fixture
+def another_row(monkeypatch):
+    """An attention kernel more, of sm_100 alone."""
+    row = config.AttentionKernel(
+        name="attention_sm100",
+        forms=("fp16",),
+        arch="sm_100a",
+        threads=192,
+        persistent=True,
+        shared=lambda dim, pv: 1000 * dim,
+        defines=lambda dim, pv: (),
+        spill_bound=0,
+    )
+    monkeypatch.setattr(config, "ATTENTION", (row, *config.ATTENTION))
+    monkeypatch.setitem(SYMBOLS, row.symbol, SYMBOLS["sparge_attention_mma"])  # which is made of the rows, when it is imported
+    monkeypatch.setitem(FIELDS, row.symbol, FIELDS["sparge_attention_mma"])
+    monkeypatch.setattr(backend, "_binaries", backend._binaries.__wrapped__)
+    monkeypatch.setattr(backend, "_CARVED", {})
+    return row
+
+
+def test_a_kernel_of_another_architecture_is_launched_as_its_row_says(another_row, monkeypatch, rand):
+    made = RecordingMachine("fp16", 20, "sm_100")
+    monkeypatch.setattr(backend, "machine_of", lambda device: (made, None))
+    q, k, v = tensors(rand, d=128, s_q=1000)
+    backend.run(call_of(q, k), Rule(None, 0.5), q, k, v)
+    assert [launch[0] for launch in made.launched] == [*KERNELS[:3], "sparge_sequence", "sparge_attention_sm100"]
+    name, variant, grid, shared, params, threads = made.launched[-1]
+    assert (variant, grid, shared, threads) == ("attention_sm100_d128_fp16", 20, 128000, 192)
+    assert params.counter and params.sequence
+    assert {struct.pv for symbol, _, _, _, struct, _ in made.launched if symbol == "sparge_prepass"} == {config.PV.index("fp16")}
+
+
+@pytest.mark.parametrize("capability, pv", [((10, 0), "fp16"), ((10, 3), "int8"), ((9, 0), "fp8"), ((12, 0), "int8")])
+def test_its_form_is_used_where_it_runs_and_can_be_had(another_row, gpu, monkeypatch, capability, pv):
+    gpu(capability)
+    monkeypatch.delenv("SPARGE_PV", raising=False)
+    monkeypatch.setattr(loader, "why_not", lambda device, variants: None)
+    assert backend.machine_of(GPU).machine.pv == pv
+    backend._machine.cache_clear()
+    monkeypatch.setattr(loader, "why_not", without_hoppers_kernel)
+    machine = backend.machine_of(GPU).machine
+    assert machine.pv == "int8" and ("because of" in machine.note) == (pv != "int8")
 
 
 def test_what_was_asked_for_is_not_replaced(gpu, monkeypatch):

@@ -132,9 +132,7 @@ def brute(plan, rule, first):
     return blocks_of(pairs)
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["first", ""])
-@pytest.mark.parametrize("window", [0, 1, 2, 10])
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.pairs(name=PLANS, window=[0, 1, 2, 10], first=[True, False])
 def test_frames(name, window, first):
     plan = order.plan(*PLANS[name])
     got = BlockMask.frames(plan, window, first=first).to_dense()[0, 0]

@@ -1,7 +1,8 @@
-"""Skipped blocks that do not vanish. V is correlated with K inside the blocks, as algorithm.md asks: independent V rewards the wrong thing."""
+"""Skipped blocks that do not vanish. V is correlated with K inside the blocks: independent V rewards the wrong thing."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -29,7 +30,7 @@ def test_lower_error_at_low_density(rand, clustered, naive, topk, score):
 
 
 def pooled_by_hand(q, k, v, blocks, weight=None, bias=None, scale=None):
-    """algorithm.md "Compensation" in fp64 loops over rows and blocks: (S, D) heads, guard 1; the frame is that of the k given."""
+    """docs/design/algorithm.md "Compensation" in fp64 loops over rows and blocks: (S, D) heads; the frame is that of the k given."""
     q, k, v = q.double(), k.double(), v.double()
     s_q, s_k, d = q.shape[0], k.shape[0], q.shape[1]
     scale = d**-0.5 if scale is None else scale
@@ -218,25 +219,23 @@ def test_no_overflow_when_the_pooled_mass_is_far_from_the_kept_mass(rand, cluste
         torch.testing.assert_close(out, block_sparse_attention(q, k, v, blocks), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("guard", [0.0, 1.0, 2.5, torch.tensor([0.0, 1.5])], ids=str)
-def test_guard_scales_the_shift_per_head(rand, clustered, guard):
+def test_the_pooled_value_is_shifted_by_the_covariance_for_each_row(rand, clustered):
     q, k, v = (x[0] for x in correlated(rand, clustered, 256, d=16))
-    skipped = torch.ones(2, 2, 4, dtype=torch.bool)
+    pooled = torch.ones(2, 2, 4, dtype=torch.bool)
     nothing = torch.zeros(2, 256, 16), torch.full((2, 256), -math.inf)
-    state = compensation.skipped_state(q, k, v, None, skipped, 0.25)
-    base, base_lse = compensation.merge(*nothing, q, state, 0.25, 0.0)
-    one, _ = compensation.merge(*nothing, q, state, 0.25, 1.0)
-    out, lse = compensation.merge(*nothing, q, state, 0.25, guard)
-    factor = guard[:, None, None] if isinstance(guard, torch.Tensor) else guard
-    torch.testing.assert_close(out, base + factor * (one - base), rtol=1e-5, atol=1e-5)
-    assert torch.equal(lse, base_lse) and (one - base).abs().max() > 0.01
+    state = compensation.pooled_state(compensation.Heads(q, k, v, None, pooled), 0.25)
+    base, base_lse = compensation.merge(*nothing, q, dataclasses.replace(state, covariance=torch.zeros(2, 16, 16)), 0.25)
+    out, lse = compensation.merge(*nothing, q, state, 0.25)
+    weight = (state.shift_weight / state.l0).repeat_interleave(128, 1)[..., None]
+    torch.testing.assert_close(out - base, weight * 0.25 * (q @ state.covariance.mT), rtol=1e-4, atol=1e-5)
+    assert torch.equal(lse, base_lse) and (out - base).abs().max() > 0.01
 
 
-def test_state_is_finite_when_nothing_is_skipped(rand):
+def test_state_is_finite_when_nothing_is_pooled(rand):
     q, k, v = (rand(n, 2, 200, 16) for n in range(3))
-    skipped = torch.zeros(2, 2, 4, dtype=torch.bool)
-    skipped[1, 1, 2] = True
-    state = compensation.skipped_state(q, k, v, None, skipped, 0.25)
-    assert (state.m0[0] == compensation.NOTHING_SKIPPED).all() and (state.l0[0] == 0).all() and (state.u[0] == 0).all()
+    pooled = torch.zeros(2, 2, 4, dtype=torch.bool)
+    pooled[1, 1, 2] = True
+    state = compensation.pooled_state(compensation.Heads(q, k, v, None, pooled), 0.25)
+    assert (state.m0[0] == compensation.NOTHING_POOLED).all() and (state.l0[0] == 0).all() and (state.u[0] == 0).all()
     assert (state.shift_weight[0] == 0).all() and state.m0.isfinite().all() and state.covariance.isfinite().all()
     assert state.l0[1, 1] == 1 and state.m0[1, 1] > -100

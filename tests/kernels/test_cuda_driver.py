@@ -261,7 +261,7 @@ def test_importing_opens_nothing():
         "import ctypes, torch\n"
         "def refuse(*args, **kwargs): raise SystemExit(f'opened {args}')\n"
         "ctypes.CDLL.__init__ = refuse\n"
-        "import sparge_kernels.cuda.driver, sparge_kernels.cuda.loader, sparge_kernels.cuda.build\n"
+        "import sparge_kernels.cuda.driver, sparge_kernels.cuda.loader, sparge_kernels.cuda.nvrtc\n"
         "assert not torch.cuda.is_initialized()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
+import cubins
 import pytest
 import torch
 from sparge_kernels import environment
@@ -92,6 +93,13 @@ def make(package, *compilers, cache="cache") -> Loader:
     return Loader(Places(package.folder, cache and package.folder.parent / cache, lambda: iter(compilers)))
 
 
+def refusals(loader: Loader, arch: str) -> tuple[str, ...]:
+    """What stood in the way of the binary that is found."""
+    reasons: list[str] = []
+    next(loader._binaries(arch, VARIANT, reasons))
+    return tuple(reasons)
+
+
 # ---- which architectures run what ----------------------------------------------------------------------------------------------------------------
 
 BUILT = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120")
@@ -143,6 +151,17 @@ def test_a_variant_that_the_exact_arch_lacks_is_taken_from_a_lower_one(package):
     assert make(package).find("sm_86", VARIANT).arch == "sm_80"
 
 
+def test_what_is_not_packaged_is_compiled_and_where_nothing_compiles_that_is_said(package):
+    package.add("sm_86", OTHER)
+    assert make(package, Compiler()).find("sm_87", VARIANT).origin == "compiled by NVRTC 12.8 for sm_87"
+    with pytest.raises(NoBinary) as raised:
+        make(package).find("sm_86", VARIANT)
+    assert str(raised.value) == (
+        "no binary of toy for sm_86: none is packaged, it is compiled where it is asked for; "
+        "there is no NVRTC to compile one; install a torch built for CUDA, which brings it, or the package nvidia-cuda-nvrtc"
+    )
+
+
 EXACT = Variant("toy", "toy.cuh", ("toy_one", "toy_two"), (("SIZE", 64),), 0, 0, exact="sm_90a")
 
 
@@ -188,7 +207,7 @@ def damage(file: Path) -> None:
         (lambda f: f.write_bytes(f.read_bytes()[:-6]), "incomplete or truncated"),
         (lambda f: f.write_bytes(zlib.compress(b"something else")), "its checksum is wrong"),
         (lambda f: f.unlink(), "No such file"),
-        (lambda f: (f.parents[2] / "src" / "toy_part.cuh").write_text("// newer\n"), "it was built from other sources than those beside it"),
+        (lambda f: (f.parents[2] / "src" / "toy_part.cuh").write_text("int newer;\n"), "it was built from other sources than those beside it"),
     ],
     ids=["bit flipped", "cut short", "another binary", "missing", "stale"],
 )
@@ -198,11 +217,11 @@ def test_an_unusable_packaged_binary_is_passed_by_with_a_reason(package, harm, w
     loader, driver = make(package, compiler), FakeDriver("sm_103")
     assert loader.find("sm_103", VARIANT).origin == "compiled by NVRTC 12.8 for sm_103"
     assert loader.kernel(driver, 0, VARIANT, "toy_one").origin == "toy, cached, compiled by NVRTC 12.8 for sm_103"
-    (note,) = loader.notes(0, VARIANT)
-    assert re.fullmatch(r"the packaged binary for sm_103 cannot be used \(.+\); reinstall the pack", note) and word in note
+    (reason,) = refusals(loader, "sm_103")
+    assert re.fullmatch(r"the packaged binary for sm_103 cannot be used \(.+\); reinstall the pack", reason) and word in reason
     with pytest.raises(NoBinary) as raised:
         make(package, cache=None).find("sm_103", VARIANT)
-    assert raised.value.reasons[0] == note
+    assert raised.value.reasons[0] == reason
 
 
 def test_a_damaged_binary_gives_way_to_a_lower_arch(package):
@@ -244,7 +263,7 @@ def test_cache_is_keyed_by_everything_that_decides_the_binary(package):
     compiler = Compiler()
     codes = [make(package, compiler).find("sm_100", VARIANT).code, make(package, compiler).find("sm_103", VARIANT).code]
     codes += [make(package, compiler).find("sm_100", OTHER).code, make(package, Compiler("13.0")).find("sm_100", VARIANT).code]
-    (package.folder / "src" / "toy_part.cuh").write_text("// newer\n")
+    (package.folder / "src" / "toy_part.cuh").write_text("int newer;\n")
     codes.append(make(package, compiler).find("sm_100", VARIANT).code)
     assert len(set(codes)) == 5 == len(list((package.folder.parent / "cache").iterdir()))
 
@@ -257,10 +276,12 @@ def test_a_damaged_cache_file_is_compiled_anew(package, harm):
     first = make(package, compiler).find("sm_100", VARIANT)
     (file,) = (package.folder.parent / "cache").iterdir()
     harm(file)
+    assert f"the cached binary {file} is damaged" in refusals(make(package, compiler), "sm_100") and len(compiler.compiled) == 2
+    harm(file)
     loader = make(package, compiler)
     assert loader.kernel(FakeDriver("sm_100"), 0, VARIANT, "toy_one").origin == "toy, compiled by NVRTC 12.8 for sm_100"
-    assert f"the cached binary {file} is damaged" in loader.notes(0, VARIANT) and len(compiler.compiled) == 2
-    assert make(package, compiler).find("sm_100", VARIANT).code == first.code and len(compiler.compiled) == 2
+    assert len(compiler.compiled) == 3
+    assert make(package, compiler).find("sm_100", VARIANT).code == first.code and len(compiler.compiled) == 3
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(package):
@@ -272,7 +293,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(package):
     assert kernel.origin == "toy, compiled by NVRTC 12.8 for sm_100"
     assert any(
         re.fullmatch(r"the cache cannot be written \(.*\), so that every start compiles anew; set SPARGE_CACHE_DIR to a folder that can", note)
-        for note in loader.notes(0, VARIANT)
+        for note in refusals(loader, "sm_100")
     )
 
 
@@ -289,8 +310,8 @@ def test_a_failed_rename_leaves_nothing_behind(package, monkeypatch):
 
 def test_no_home_folder_means_no_cache(package):
     loader = make(package, Compiler(), cache=None)
+    assert any("the user has no home folder; set SPARGE_CACHE_DIR" in reason for reason in refusals(loader, "sm_100"))
     loader.kernel(FakeDriver("sm_100"), 0, VARIANT, "toy_one")
-    assert any("the user has no home folder; set SPARGE_CACHE_DIR" in note for note in loader.notes(0, VARIANT))
 
 
 WRITER = """
@@ -320,8 +341,8 @@ def test_the_first_compiler_that_can_is_taken_and_each_refusal_is_kept(package):
     first, second = Compiler("11.8", fault="NVRTC 11.8 cannot compile for sm_100"), Compiler("12.9")
     loader = make(package, "/torch/lib/libnvrtc.so.12 could not be loaded: wrong ELF class", first, second)
     assert loader.kernel(FakeDriver("sm_100"), 0, VARIANT, "toy_one").origin == "toy, compiled by NVRTC 12.9 for sm_100"
-    notes = loader.notes(0, VARIANT)
-    assert "/torch/lib/libnvrtc.so.12 could not be loaded: wrong ELF class" in notes and first.fault in notes
+    reasons = refusals(loader, "sm_100")
+    assert "/torch/lib/libnvrtc.so.12 could not be loaded: wrong ELF class" in reasons and first.fault in reasons
 
 
 @pytest.mark.parametrize("device, target", [("sm_103", "sm_100"), ("sm_121", "sm_120"), ("sm_120", "sm_120")])
@@ -355,14 +376,16 @@ def test_kernels_are_loaded_once_per_device_and_variant(package):
     assert len(driver.loads) == 2 and len({id(k) for k in kernels}) == 4
     assert [k.name for k in kernels[::2]] == ["toy_one", "toy_two"] * 2 and {k.origin for k in kernels} == {"toy, packaged for sm_86"}
     assert loader.kernel(driver, 0, OTHER, "toy_one") not in kernels and len(driver.loads) == 3
-    assert loader.notes(0, VARIANT) == ()
+    assert refusals(loader, "sm_86") == ()
 
 
 def test_a_binary_that_the_driver_refuses_gives_way_to_the_next(package):
     package.add("sm_80"), package.add("sm_86")
     loader, driver = make(package, Compiler()), FakeDriver("sm_87", refuses=(b"for sm_86", b"for sm_80"))
     assert loader.kernel(driver, 0, VARIANT, "toy_one").origin == "toy, compiled by NVRTC 12.8 for sm_87"
-    assert loader.notes(0, VARIANT) == tuple(
+    with pytest.raises(NoBinary) as raised:
+        make(package).kernel(driver, 0, VARIANT, "toy_one")
+    assert raised.value.reasons[:2] == tuple(
         f"the driver refused the binary packaged for {arch} (CUDA_ERROR_NO_BINARY_FOR_GPU)" for arch in ("sm_86", "sm_80")
     )
 
@@ -445,7 +468,7 @@ def test_why_not_loads_everything_or_tells(process, package):
     process(driver)
     assert loader_module.why_not(0, (VARIANT, OTHER)) is None and len(driver.loads) == 2
     assert loader_module.kernel(0, OTHER, "toy_one").name == "toy_one" and len(driver.loads) == 2
-    assert loader_module.find("sm_86", OTHER).code == b"other for sm_86"
+    assert loader_module.default().find("sm_86", OTHER).code == b"other for sm_86"
 
 
 def test_why_not_without_a_driver_or_a_binary(process, package):
@@ -587,7 +610,7 @@ def test_what_a_successful_compilation_says_is_kept(tmp_path, log):
     library = Willing(log)
     compiled = nvrtc.open_library("lib", lambda _: library).compile(nvrtc.program("toy.cuh", "sm_90a", (), tmp_path))
     assert compiled == nvrtc.Compiled(b"a binary\0\0", log) and library.alive == 0
-    assert nvrtc.remarks(compiled.log) == (("ptxas info : (C7510) line two",) if log else ())
+    assert cubins.remarks(compiled.log) == (("ptxas info : (C7510) line two",) if log else ())
 
 
 def test_a_virtual_architecture_gives_text(tmp_path):

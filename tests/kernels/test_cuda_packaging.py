@@ -84,8 +84,8 @@ from sparge_kernels.cuda import loader
 from pathlib import Path
 assert Path(sparge_kernels.__file__).is_relative_to(sys.argv[1]), sparge_kernels.__file__
 for arch in ("sm_87", "sm_103", "sm_121"):
-    for variant in config.variants(arch):
-        binary = loader.find(arch, variant)
+    for variant in config.packaged(arch):
+        binary = loader.default().find(arch, variant)
         assert binary.code.startswith(b"\\x7fELF"), binary
         print(binary.origin)
 """

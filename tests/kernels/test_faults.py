@@ -1,16 +1,18 @@
-"""What published implementations get wrong: each row of algorithm.md's last table is a test that the faulty behaviour would fail."""
+"""What published implementations get wrong: each of docs/design/algorithm.md's last list is a test that the faulty behaviour would fail."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
+import quantized
+import reference
 import torch
-from sparge_kernels import block_sparse_attention, compat, quantize, reference, select_blocks, sparse_attention
+from sparge_kernels import block_sparse_attention, compat, select_blocks, sparse_attention
 
 
 def test_causal_rows_see_no_future_token(rand, naive):
-    """Row "non-causal with is_causal=True": up to 127 future tokens inside the diagonal block."""
+    """Up to 127 future tokens inside the diagonal block."""
     q, k, v = (rand(n, 1, 2, 700, 32) for n in range(3))
     for call in (
         lambda v: sparse_attention(q, k, v, topk=0.4, causal=True),
@@ -57,7 +59,7 @@ def test_the_user_s_scale_reaches_the_map(clustered, naive):
 
 @pytest.mark.parametrize("s", [129, 200, 1000, 1025])
 def test_an_odd_length_makes_no_block_special(rand, s):
-    """Row "NaN similarity": the last query block dense, the last key block always kept. Tokens here are all alike but for small noise."""
+    """Neither is the last query block dense nor the last key block always kept. Tokens here are all alike but for small noise."""
     base = rand(1, 1, 1, 1, 16)
     q, k = base + 0.05 * rand(2, 1, 1, s, 16), base + 0.05 * rand(3, 1, 1, s, 16)
     n_k = -(-s // 64)
@@ -105,11 +107,11 @@ def test_an_all_zero_value_channel_gives_zero(rand, naive):
     for pv in ("int8", "fp8"):
         out = reference.attention(q, k, v, qk="int8", pv=pv)[0]
         assert out.isfinite().all() and (out[..., 5] == 0).all()
-        assert (quantize.quantize_v(v, pv).dequantize()[..., 5] == 0).all()
+        assert (quantized.quantize_v(v, pv).dequantize()[..., 5] == 0).all()
 
 
 def test_the_mask_is_used_by_every_path(rand, naive):
-    """Row "the mask handed over by ComfyUI is dropped": a masked call differs from an unmasked one and is right, for text-sized and long keys."""
+    """A masked call differs from an unmasked one and is right, for text-sized and long keys."""
     for s_q, s_k in ((300, 77), (77, 300), (300, 300)):
         q, k, v = rand(0, 2, 2, s_q, 16), rand(1, 2, 2, s_k, 16), rand(2, 2, 2, s_k, 16)
         mask = torch.arange(s_k)[None] < torch.tensor([[s_k // 3], [s_k // 2]])
@@ -122,7 +124,7 @@ def test_the_mask_is_used_by_every_path(rand, naive):
 
 
 def test_any_head_dim_mask_and_cross_length_is_taken(rand, naive):
-    """Row "head_dim 128 only, no mask, no cross lengths"."""
+    """Odd head sizes, masks and cross lengths."""
     for d, s_q, s_k in ((40, 300, 77), (72, 77, 300), (160, 130, 200)):
         q, k, v = rand(0, 2, 3, s_q, d), rand(1, 2, 3, s_k, d), rand(2, 2, 3, s_k, d)
         mask = torch.arange(s_k).expand(2, -1) % 4 > 0
@@ -131,7 +133,7 @@ def test_any_head_dim_mask_and_cross_length_is_taken(rand, naive):
 
 
 def test_text_rows_can_be_kept_dense(clustered, naive):
-    """Row "text rows treated like pixels": always_keep makes their query blocks dense and their key blocks kept."""
+    """`always_keep` makes their query blocks dense and their key blocks kept."""
     q, k, v = (clustered(n, 1, 2, 1000, 16) for n in (1, 3, 5))
     out, info = sparse_attention(q, k, v, topk=0.1, always_keep=[(900, 1000)], return_info=True)
     kept = info.block_mask.to_dense()
@@ -140,7 +142,7 @@ def test_text_rows_can_be_kept_dense(clustered, naive):
 
 
 def test_batches_of_different_content(clustered, naive):
-    """Row "batch 1 only, zero-key padding": each batch element has its own map, and no key is added."""
+    """Each batch element has its own map, and no key is added."""
     q, k, v = (clustered(n, 3, 2, 333, 16) for n in (1, 3, 5))
     out, lse, info = sparse_attention(q, k, v, topk=0.3, return_lse=True, return_info=True)
     blocks = info.block_mask.to_dense()

@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 
 import pytest
+import quantized
+import reference
 import torch
-from sparge_kernels import BlockMask, quantize, reference
+from sparge_kernels import BlockMask, centring
 
 
-@pytest.mark.parametrize("causal, offset", [(False, 0), (True, 0), (True, -70), (True, 90)])
-@pytest.mark.parametrize("s_q, s_k", [(1, 1), (63, 63), (200, 200), (130, 333), (333, 130)])
-@pytest.mark.parametrize("mask", ["", "bool", "float"])
-def test_exact_form(rand, naive, s_q, s_k, causal, offset, mask):
+@pytest.mark.pairs(
+    lengths=[(1, 1), (63, 63), (200, 200), (130, 333), (333, 130)],
+    edge=[(False, 0), (True, 0), (True, -70), (True, 90)],
+    mask=["", "bool", "float"],
+)
+def test_exact_form(rand, naive, lengths, edge, mask):
+    (s_q, s_k), (causal, offset) = lengths, edge
     q, k, v = rand(1, 2, 4, s_q, 16), rand(2, 2, 2, s_k, 16), rand(3, 2, 2, s_k, 16)
     key_mask = None
     if mask:
@@ -68,10 +73,7 @@ def skip_by_brute_force(q, k, v, kept, threshold, row_group, key_tile, scale):
     return out, dropped / max(tiles, 1)
 
 
-@pytest.mark.parametrize("row_group", [16, 64, 128])
-@pytest.mark.parametrize("key_tile", [64, 128])
-@pytest.mark.parametrize("s", [500, 450])
-@pytest.mark.parametrize("threshold", [3.0, 15.0])
+@pytest.mark.pairs(row_group=[16, 64, 128], key_tile=[64, 128], s=[500, 450], threshold=[3.0, 15.0])
 def test_pv_skip_rule(rand, s, row_group, key_tile, threshold):
     q, k, v = (rand(n, 1, 2, s, 16) for n in range(3))
     rows = torch.arange(s)
@@ -102,7 +104,7 @@ def test_pv_skip_granularity_matters(rand):
     assert rates[0] == pytest.approx(0.25) and rates[1] == 0 and rates[2] == 0
 
 
-FLAT = [  # kernels.md 2.2, column "flat"
+FLAT = [  # docs/design/algorithm.md, "What is exact, what is not"
     (dict(qk="int8"), 0.0112), (dict(pv="fp8"), 0.036), (dict(pv="int8"), 0.0113), (dict(pv="fp16"), 0.0003),
 ]  # fmt: skip
 
@@ -132,9 +134,9 @@ def test_int8_scores_centre_k_and_give_the_true_lse(rand):
 def test_int8_scores_are_those_of_quantize(rand, s_k):
     """Keys that are alike but for the sampled ones, which are far away: any other sample would give another centre, and another scale."""
     q, k, v = rand(0, 1, 1, 40, 64), rand(1, 1, 1, s_k, 64), rand(2, 1, 1, s_k, 64)
-    k[:, :, quantize.sampled_keys(s_k, k.device)] += 30 * rand(3, 64)
-    centre = quantize.key_centre(k)
-    q8, k8 = quantize.quantize_q(q).dequantize(), quantize.quantize_k(k, centre).dequantize()
+    k[:, :, centring.sampled_keys(s_k, k.device)] += 30 * rand(3, 64)
+    centre = centring.key_centre(k)
+    q8, k8 = quantized.quantize_q(q).dequantize(), quantized.quantize_k(k, centre).dequantize()
     expected, lse, _ = reference.attention(q8, k8, v)
     got, true_lse, _ = reference.attention(q, k, v, qk="int8")
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

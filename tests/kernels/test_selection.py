@@ -47,9 +47,7 @@ def test_lengths(clustered, naive, s_q, s_k, score):
         naive.compare_maps(kept(q, k, score=score, **options), naive.select(q, k, score=score, **options))
 
 
-@pytest.mark.parametrize("score", ["subblock", "mean"])
-@pytest.mark.parametrize("bias", ["bool", "float"])
-@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+@pytest.mark.pairs(causal=[False, True], bias=["bool", "float"], score=["subblock", "mean"])
 def test_masked_keys_never_count(clustered, naive, causal, bias, score):
     q, k = clustered(1, 2, 2, 500, 16), clustered(3, 2, 2, 500, 16)
     mask = torch.rand(2, 500, generator=torch.Generator().manual_seed(2)) > 0.5

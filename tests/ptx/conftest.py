@@ -29,7 +29,7 @@ class PtxLibrary:
         self.variant, self.arch = variant, arch
 
     def launch(self, symbol: str, grid: int, params, *, shared: int = 0, threads: int = config.THREADS, seed: int = 0) -> None:
-        used = PtxMachine(self.arch, config.pv_for(self.arch), Schedule(seed=seed))
+        used = PtxMachine(self.arch, config.attention_kernels(self.arch)[0].forms[0], Schedule(seed=seed))
         used.launch(used.kernel(self.variant, symbol), grid, threads, shared or self.variant.shared, params, used.stream())
 
 

@@ -42,7 +42,7 @@ def test_every_type(machine, dtype, dim, arch, pv):
 @pytest.mark.parametrize(
     "arch, dim, pv, masked",
     [
-        pytest.param(arch, dim, pv, masked, id=f"{arch} {config.attention_variant(arch, dim, pv, masked).name}")
+        pytest.param(arch, dim, pv, masked, id=f"{arch} {config.attention_kernel(arch, pv).variant(dim, pv, masked).name}")
         for arch in config.SHIPPED
         for dim in config.DIMS
         for pv in config.forms(arch)
@@ -50,7 +50,7 @@ def test_every_type(machine, dtype, dim, arch, pv):
     ],
 )
 def test_every_attention_kernel(machine, arch, dim, pv, masked):
-    if same := calls.earlier_with(config.attention_variant(arch, dim, pv, masked), arch):
+    if same := calls.earlier_with(config.attention_kernel(arch, pv).variant(dim, pv, masked), arch):
         pytest.skip(f"{same} has the same instructions")
     for name, make in SHORT.items():
         if (name in MASKED) == masked:

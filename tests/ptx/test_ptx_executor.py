@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 
+import cubins
 import executor
 import pytest
 import torch
@@ -12,7 +13,6 @@ import translate
 from executor import PtxMachine, Schedule, altered, ptx_of
 from forms import FORMS
 from sparge_kernels import config
-from sparge_kernels.cuda import build
 
 SOURCE = executor.HERE / "reversed.cu"
 VARIANT = config.Variant("reversed", str(SOURCE), ("reversed",), (), 256, 0, 64)
@@ -90,7 +90,7 @@ def test_what_is_in_the_cache_needs_neither_compiler_nor_translator(monkeypatch)
 @pytest.mark.parametrize(("ci", "outcome"), [("", pytest.skip.Exception), ("true", pytest.fail.Exception)], ids=["at home", "CI"])
 def test_without_the_pinned_compiler_there_is_no_ptx(tmp_path, monkeypatch, ci, outcome):
     monkeypatch.setenv("CI", ci)
-    monkeypatch.setattr(build, "pinned_nvrtc", lambda: None)
+    monkeypatch.setattr(cubins, "pinned_nvrtc", lambda: None)
     executor._compiler.cache_clear()
     (tmp_path / "other.cu").write_text(f"// {tmp_path}\n{SOURCE.read_text()}")
     with pytest.raises(outcome, match="nvidia-cuda-nvrtc-cu12 12.8.93"):
@@ -98,7 +98,7 @@ def test_without_the_pinned_compiler_there_is_no_ptx(tmp_path, monkeypatch, ci, 
 
 
 def test_a_kernel_has_the_registers_of_its_binary():
-    hopper = config.attention_variant("sm_90", 64, "fp8", False)
+    hopper = config.attention_kernel("sm_90", "fp8").variant(64, "fp8", False)
     assert executor.registers_of("sm_90", hopper, "sparge_attention_sm90") == 168  # 384 threads of them fill a multiprocessor
     assert executor.registers_of("sm_80", VARIANT, "reversed") == 248
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import flow
+import hopper_candidates
 import parse
 import pytest
 from executor import ptx_of
@@ -15,12 +16,12 @@ from sparge_kernels.cuda import nvrtc
 
 SYMBOL = "sparge_attention_sm90"
 KERNEL = "attention_sm90.cuh"
-LOADS, RELEASE = "item_facts.q_scale[", "barrier_arrive(q_empty("
+LOADS, RELEASE = "item_metadata.q_scale[", "barrier_arrive(q_empty("
 """In the source: where consumers load an item's scales, and where they give its slot back."""
 
 
 def variant(dim: int, masked: bool) -> config.Variant:
-    return config.hopper_variant(dim, masked, config.hopper_config(dim))
+    return config.SM90.variant(dim, "fp8", masked)
 
 
 @functools.lru_cache(maxsize=2)
@@ -30,9 +31,9 @@ def entry_of(ptx: str) -> parse.Entry:
 
 SHIPPED = [pytest.param(dim, masked, id=f"d{dim} {'masked' if masked else 'plain'}") for dim in config.DIMS for masked in (False, True)]
 CANDIDATES = [
-    pytest.param(config.hopper_variant(dim, masked, chosen), id=f"d{dim} {'masked' if masked else 'plain'} {chosen.label}")
+    pytest.param(hopper_candidates.variant(dim, masked, chosen), id=f"d{dim} {'masked' if masked else 'plain'} {hopper_candidates.label(chosen)}")
     for dim in config.DIMS
-    for chosen in config.hopper_candidates(dim)
+    for chosen in hopper_candidates.candidates(dim)
     for masked in (False, True)
 ]
 
@@ -46,7 +47,7 @@ def check_products(entry: parse.Entry) -> None:
 
 @pytest.mark.parametrize("dim, masked", SHIPPED)
 def test_nothing_touches_the_registers_of_a_product_between_its_fence_and_its_wait(dim, masked):
-    entry = entry_of(ptx_of(variant(dim, masked), config.HOPPER))
+    entry = entry_of(ptx_of(variant(dim, masked), "sm_90"))
     assert sum(flow.product_of(instruction) is not None for instruction in entry.instructions) >= 14
     check_products(entry)
 
@@ -54,7 +55,7 @@ def test_nothing_touches_the_registers_of_a_product_between_its_fence_and_its_wa
 @pytest.mark.ptx_all
 @pytest.mark.parametrize("candidate", CANDIDATES)
 def test_nor_in_any_candidate(candidate):
-    check_products(entry_of(ptx_of(candidate, config.HOPPER)))
+    check_products(entry_of(ptx_of(candidate, "sm_90")))
 
 
 FENCE, WAIT, COMMIT = (rf"wgmma\.{name}\.sync\.aligned{rest};" for name, rest in (("fence", ""), ("wait_group", " {}"), ("commit_group", "")))
@@ -89,7 +90,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_rule_of_the_products_is_seen(name):
     pattern, instead, places, rule = BROKEN[name]
-    text = ptx_of(variant(64, False), config.HOPPER)
+    text = ptx_of(variant(64, False), "sm_90")
     changed, count = re.subn(pattern, instead, text, count=places, flags=re.DOTALL)
     assert count == places and rule(entry_of(text)) == []
     assert rule(entry_of(changed)) != []
@@ -102,7 +103,7 @@ def located(dim: int, masked: bool) -> str:
     """The kernel's PTX with the place in the source of every instruction."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nvrtc, "FLAGS", (*nvrtc.FLAGS, "--generate-line-info"))
-        return ptx_of.__wrapped__(variant(dim, masked), config.HOPPER)
+        return ptx_of.__wrapped__(variant(dim, masked), "sm_90")
 
 
 def line_of(words: str) -> int:
@@ -127,7 +128,7 @@ def given_back_unfenced(entry: parse.Entry) -> list[str]:
 def test_scales_are_fenced_before_their_slot_is_given_back(dim, masked):
     """Each thread, on every way through the shipped kernel; and this test sees where it is left out, or comes too late."""
     text = located(dim, masked)
-    entry, shipped = entry_of(text), entry_of(ptx_of(variant(dim, masked), config.HOPPER))
+    entry, shipped = entry_of(text), entry_of(ptx_of(variant(dim, masked), "sm_90"))
     assert [i.text for i in entry.instructions] == [i.text for i in shipped.instructions], "the places change the instructions"
     assert given_back_unfenced(entry) == []
     fence = "fence.proxy.async.shared::cta;"

@@ -77,7 +77,7 @@ MUTANTS = {
 
 
 def fields(machine, alone) -> None:
-    alone(config.HOPPER)
+    alone("sm_90")
     test_prepass.test_forms("float16", 64, "int8", None)
 
 
@@ -124,7 +124,7 @@ def test_a_mutant_is_noticed(name, machine, alone):
 
 def test_mutants_change_as_many_places_as_they_say():
     for name, mutant in MUTANTS.items():
-        arch = "sm_80" if mutant.variant in (MMA, HALF) else config.HOPPER
+        arch = "sm_80" if mutant.variant in (MMA, HALF) else "sm_90"
         (variant,) = (variant for variant in config.variants(arch) if variant.name == mutant.variant)
         _, count = re.subn(mutant.pattern, mutant.instead, ptx_of(variant, arch), count=mutant.places, flags=re.DOTALL)
         assert count == mutant.places, name

@@ -1,4 +1,4 @@
-"""What the kernels before attention leave, by their PTX: the tests of tests/emulator that compare it field by field with quantize.py, selection.py
+"""What the kernels before attention leave, by their PTX: the tests of tests/emulator that compare it field by field with centring.py, selection.py
 and fp64."""
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from sparge_kernels import config
 @pytest.mark.parametrize("dim", config.DIMS, ids="d{}".format)
 @pytest.mark.parametrize("pv, mask", [("int8", "bool"), ("fp8", "bias"), ("fp16", None)])
 def test_forms(alone, dim, pv, mask):
-    """With a plan under fp8 and rotated under a bool mask."""
-    alone(config.HOPPER)
+    """With a token order under fp8."""
+    alone("sm_90")
     test_prepass.test_forms("float16", dim, pv, mask)
 
 
 def test_lengths_and_splits(alone):
-    alone(config.HOPPER)
+    alone("sm_90")
     test_prepass.test_lengths_of_q_and_k_differ()
-    test_prepass.test_the_statistics_sample_a_head_as_quantize_does(7)
+    test_prepass.test_the_statistics_sample_a_head_as_centring_does(7)
 
 
 SELECTION = {
@@ -37,7 +37,7 @@ SELECTION = {
 
 @pytest.mark.parametrize("name", SELECTION)
 def test_selection(alone, name):
-    alone(config.HOPPER)
+    alone("sm_90")
     SELECTION[name]()
 
 

@@ -6,8 +6,10 @@ import dataclasses
 import functools
 
 import emulator
+import hopper_candidates
 import protocol_faults
 import pytest
+import ring_protocol
 import torch
 from ring_protocol import Protocol, of
 from sequence import WARP, Noted, Work, expected
@@ -44,8 +46,8 @@ def compare(work: Work, records: list[emulator.Record], block: int = 0, protocol
     protocol = protocol or of(work.chosen)
     noted = Noted(records, block, protocol, work)
     verdicts = [[], noted.verdicts(1), noted.verdicts(2)]
-    assert noted.threads() <= set(range(config.HOPPER_THREADS))
-    for warp in range(config.HOPPER_THREADS // WARP):
+    assert noted.threads() <= set(range(config.SM90.threads))
+    for warp in range(config.SM90.threads // WARP):
         first, others = (expected(protocol, work, warp, first, verdicts[warp // 4]) for first in (True, False))
         for lane in range(WARP):
             got, wanted = noted.events(WARP * warp + lane), others if lane else first
@@ -55,9 +57,9 @@ def compare(work: Work, records: list[emulator.Record], block: int = 0, protocol
     return verdicts[1] + verdicts[2]
 
 
-SHIPPED = [(dim, config.hopper_config(dim)) for dim in config.DIMS]
-FORMS = SHIPPED + [(dim, chosen) for dim in config.DIMS for chosen in config.hopper_candidates(dim) if chosen.overlap and chosen.ones]
-forms = pytest.mark.parametrize(("dim", "chosen"), FORMS, ids=[f"d{dim} {chosen.label}" for dim, chosen in FORMS])
+SHIPPED = [(dim, config.HOPPER_CONFIG[dim]) for dim in config.DIMS]
+FORMS = SHIPPED + [(dim, chosen) for dim in config.DIMS for chosen in hopper_candidates.candidates(dim) if chosen.overlap and chosen.ones]
+forms = pytest.mark.parametrize(("dim", "chosen"), FORMS, ids=[f"d{dim} {hopper_candidates.label(chosen)}" for dim, chosen in FORMS])
 
 
 @forms
@@ -73,12 +75,12 @@ def test_dropped_tiles_change_nothing_at_the_barriers(dim, chosen):
     work = Work(dim, chosen, (20, 3, 20))
     problem, records = launched(work, 1, drop=True)
     kept = compare(work, records)
-    dropped, tiles = problem.tensors["skips"][0, 0].tolist()
+    dropped, tiles = problem.tensors["pv_tiles"][0, 0].tolist()
     assert 0 < dropped == kept.count(False) and tiles == len(kept)
 
 
 def test_two_blocks_follow_their_programs_with_what_they_drew():
-    chosen = config.hopper_config(64)
+    chosen = config.HOPPER_CONFIG[64]
     _, records = launched(Work(64, chosen, (5,) * 7), 3, grid=2)
     drawn = [sum(r.block == block and r.event == "copy" and r.amount == 128 * 64 for r in records) for block in (0, 1)]
     assert sum(drawn) == 7
@@ -101,7 +103,7 @@ EDITS = {
     "every warp of the first warpgroup waits": ("if (warp_id() == 0) produce(p, blocks_q);",
                                                 "if (warp_id() == 0) produce(p, blocks_q); else barrier_wait(full(0), 1);"),
 }  # fmt: skip
-SMALL = Work(64, config.hopper_config(64), (3, 0, 1, 17, 2, 5))
+SMALL = Work(64, config.HOPPER_CONFIG[64], (3, 0, 1, 17, 2, 5))
 
 
 @pytest.mark.parametrize("edit", EDITS)
@@ -128,7 +130,7 @@ def agrees(protocol: Protocol | None = None, **changes) -> bool:
                                     dict(vote_threads=256)], ids=lambda change: next(iter(change)))  # fmt: skip
 def test_an_edit_of_the_table_alone_is_noticed(monkeypatch, change):
     assert agrees()
-    monkeypatch.setattr(config, "HOPPER_RING", dataclasses.replace(config.HOPPER_RING, **change))
+    monkeypatch.setattr(ring_protocol, "RING", dataclasses.replace(ring_protocol.RING, **change))
     assert not agrees()
 
 

@@ -402,7 +402,7 @@ def _library(variant, configuration: Configuration, replace: tuple[tuple[str, st
     files = {**interface, **{f"source/{name}": text for name, text in texts.items()}, "unit.cpp": _unit(source.name, texts.get("layout.cuh"))}
     for_hopper = "prim_sm90.cuh" in own
     if for_hopper:
-        configuration = dataclasses.replace(configuration, arch=config.HOPPER)
+        configuration = dataclasses.replace(configuration, arch="sm_90")
     flags = (*compile_flags(configuration), *KERNEL_FLAGS, *(WATCH_FLAGS if for_hopper and not sanitised() else ()))
     defines = (*(f"-D{name}={value}" for name, value in variant.defines), *configuration.defines)
     # Builds are told apart by what is left of the text: that of one arch is mostly that of another.

@@ -43,7 +43,7 @@ ODD = attention("every_variant_on_odd_lengths", "mma", "int8", 64, False)
 PERM = attention("results_go_back_to_the_callers_order", "mma")
 DROPS = attention("tiles_far_below_are_dropped_as_the_reference_drops_them", "mma", "int8", 64)
 FORMS = prepass("forms", "float16", 64, "int8", "bool")
-SPLITS = prepass("the_statistics_sample_a_head_as_quantize_does", 7)
+SPLITS = prepass("the_statistics_sample_a_head_as_centring_does", 7)
 UNLIKE = prepass("lengths_of_q_and_k_differ")
 
 MMA, SOFTMAX, EPILOGUE = "attention_mma.cuh", "softmax.cuh", "epilogue.cuh"
@@ -52,7 +52,7 @@ PRE, SELECT, LAYOUT = "prepass.cuh", "select.cuh", "layout.cuh"
 ATTENTION = [
     Fault("tiles are used before they have landed", MMA, "    copy_async_wait<kStages - 2>();\n", "", ODD),
     Fault("the wait lets go one tile early", MMA, "copy_async_wait<kStages - 2>", "copy_async_wait<kStages - 1>", ODD),
-    Fault("no barrier around a tile", MMA, "sync_block();  // tile t is there", "// tile t is there", ORDER),
+    Fault("no barrier around a tile", MMA, "sync_cta();  // tile t is there", "// tile t is there", ORDER),
     Fault("one key past the end is seen", SOFTMAX, "missing || key >= p.s_k ||", "missing || key > p.s_k ||", attention("lengths", "mma", 17, 65)),
     Fault("the causal edge hides the row's own key", SOFTMAX, "key > row + (e >> 1) * 8", "key >= row + (e >> 1) * 8",
           attention("causal", "mma", 64, 0)),
@@ -64,8 +64,8 @@ ATTENTION = [
     Fault("the missing half of a tile is seen", SOFTMAX, "bool missing = block >= tile.blocks;", "bool missing = false;", ODD),
     Fault("the missing half of V is not cleared", MMA, "} else if (kPv == kPvHalf) {", "} else if (false) {",
           attention("every_variant_on_odd_lengths", "mma", "fp16", 64, False)),
-    Fault("lanes of a warp decide each for itself", MMA, "kept = any_lane(tile_maxima<false>(acc, factor, threshold, rows, tile_top));",
-          "kept = tile_maxima<false>(acc, factor, threshold, rows, tile_top);", DROPS),
+    Fault("lanes of a warp decide each for itself", MMA, "needed = any_lane(tile_maxima<false>(acc, factor, threshold, rows, tile_top));",
+          "needed = tile_maxima<false>(acc, factor, threshold, rows, tile_top);", DROPS),
     Fault("warps past the last row are counted", MMA, "if (lane == 0 && rows.real[0]) {", "if (lane == 0) {", DROPS),
     Fault("rows past the end keep a tile", SOFTMAX, "needed |= rows.real[h] && !(", "needed |= !(", DROPS),
     Fault("blocks are counted for tiles", MMA, "item.head_of_batch + 1, tiles);", "item.head_of_batch + 1, count);", DROPS),
@@ -78,8 +78,9 @@ ATTENTION = [
     Fault("bias of the first block for all", SOFTMAX, "score += bias2[key];", "score += bias2[key - tile.first_key[block]];",
           attention("key_biases", "mma", 64)),
     Fault("the row sum misses two lanes", EPILOGUE, "sum += shuffle_xor(sum, 2);", "sum += shuffle_xor(sum, 1);", ODD),
-    Fault("the skipped state joins unweighted", EPILOGUE, "value[i] = fused(skipped, pooled, value[i]);", "value[i] += skipped;",
-          attention("the_state_of_skipped_blocks_joins_at_the_end", "mma", "int8", 64)),
+    Fault("the pooled state joins unweighted", EPILOGUE, "value[i] = fused(value_of_pooled, pooled, value[i]);",
+          "value[i] += value_of_pooled;",
+          attention("the_state_of_pooled_blocks_joins_at_the_end", "mma", "int8", 64)),
     Fault("thresholds of as many heads as the batch has", MMA, "p.pv_heads[item.head]", "p.pv_heads[item.head_of_batch]",
           attention("thresholds_of_each_head", "mma")),
     Fault("keys of another head", EPILOGUE, "item.batch * p.kv_heads + item.head / (p.heads / p.kv_heads)",
@@ -104,8 +105,8 @@ PREPASS = [
     Fault("groups of the centre are counted from the split", PRE, "return sampled_token(first + i * kSlots * kCentreGroup);",
           "return start + sampled_token(first - start + i * kSlots * kCentreGroup);", SPLITS),
     Fault("the centre stays in the keys", PRE, "channel_of(chunk[j], i) - shared.centre[channel + i] : 0;", "channel_of(chunk[j], i) : 0;", FORMS),
-    Fault("Q is stored unswizzled", PRE, "place_of(row, channel), x, scale", "channel, x, scale", FORMS),
-    Fault("K is stored unswizzled", PRE, "key * kDim + place_of(key, channel)", "key * kDim + channel", FORMS),
+    Fault("Q is stored unswizzled", PRE, "byte_of(row, channel), x, scale", "channel, x, scale", FORMS),
+    Fault("K is stored unswizzled", PRE, "key * kDim + byte_of(key, channel)", "key * kDim + channel", FORMS),
     Fault("8-bit V is stored unswizzled", PRE, "chunk = chunk_of(kBlockK, row, i % kChunks)", "chunk = i % kChunks", FORMS),
     Fault("fp16 V is stored unswizzled", PRE, "chunk_of(2 * kDim, key, channel / 8)", "channel / 8", prepass("forms", "float16", 64, "fp16", None)),
     Fault("rows of 64 bytes are swizzled one by one", LAYOUT, "(row >> 1) & 3", "row & 3", FORMS),
@@ -129,29 +130,29 @@ H_SPLIT = attention("every_candidate", 64, config.HopperConfig(tile_blocks=2, on
 
 FETCH = """blocks * kBytesK + kTileBlocks * kBytesV);
           UNROLL for (int b = 0; b < kTileBlocks; b++) {
-            if (b < blocks) bulk_copy(place_of_k("""
+            if (b < blocks) bulk_copy(address_of_k("""
 
-TILE_FACTS = """          UNROLL for (int b = 0; b < kTileBlocks; b++) {
-            control().facts[stage_of(tile)].id[b] = id[b];
-            control().facts[stage_of(tile)].scale[b] = scale[b];
+TILE_METADATA = """          UNROLL for (int b = 0; b < kTileBlocks; b++) {
+            control().metadata[stage_of(tile)].id[b] = id[b];
+            control().metadata[stage_of(tile)].scale[b] = scale[b];
           }
 """
 TILE_COPIES = """          barrier_arrive_expect(barrier, blocks * kBytesK + kTileBlocks * kBytesV);
           UNROLL for (int b = 0; b < kTileBlocks; b++) {
-            if (b < blocks) bulk_copy(place_of_k(stage_of(tile)) + b * kBytesK, k8 + (int64_t)id[b] * kBytesK, kBytesK, barrier);
-            bulk_copy(place_of_v(stage_of(tile)) + b * kPlaceV, v8 + (int64_t)id[b] * kBytesV, kBytesV, barrier);
+            if (b < blocks) bulk_copy(address_of_k(stage_of(tile)) + b * kBytesK, k8 + (int64_t)id[b] * kBytesK, kBytesK, barrier);
+            bulk_copy(address_of_v(stage_of(tile)) + b * kPlaceV, v8 + (int64_t)id[b] * kBytesV, kBytesV, barrier);
           }
 """
-ITEM_FACTS = """      facts.item = item;
-      facts.count = count;
-      facts.threshold = p.pv_heads ? p.pv_heads[item.head] : p.pvthreshd;
+ITEM_METADATA = """      metadata.item = item;
+      metadata.count = count;
+      metadata.threshold = p.pv_heads ? p.pv_heads[item.head] : p.pvthreshd;
 """
-ITEM_COPIES = """      barrier_arrive_expect(barrier, kBytesQ + sizeof facts.q_scale);
-      bulk_copy(place_of_q(slot_of(turn)), p.q8 + item.list * kBytesQ, kBytesQ, barrier);
-      bulk_copy(shared_address(facts.q_scale), p.q_scale + item.list * kBlockQ, sizeof facts.q_scale, barrier);
+ITEM_COPIES = """      barrier_arrive_expect(barrier, kBytesQ + sizeof metadata.q_scale);
+      bulk_copy(address_of_q(slot_of(taken)), p.q8 + item.list * kBytesQ, kBytesQ, barrier);
+      bulk_copy(shared_address(metadata.q_scale), p.q_scale + item.list * kBlockQ, sizeof metadata.q_scale, barrier);
 """
 FOR_ALL_WARPS = "for (int i = 0; i < 4 && (thread_id_again() & 127) == 0; i++) barrier_arrive(empty(stage_of(tile)));"
-SCALES_READ = "    fence_async();\n    sync_warp();  // all lanes have read the item's facts\n"
+SCALES_READ = "    fence_async();\n    sync_warp();  // all lanes have read the item's metadata\n"
 PRODUCER = "keep_registers<kProducerRegisters>();\n    if (warp_id() == 0) produce(p, blocks_q);"
 
 ATTENTION_HOPPER = [
@@ -159,17 +160,18 @@ ATTENTION_HOPPER = [
           H_ORDER),
     Fault("the first tile is used before it has landed", HOPPER, "      barrier_wait(full(stage_of(tile)), parity_of(tile));\n", "", H_ODD),
     Fault("rounds of the ring are told by tiles", HOPPER, "(uint32_t)tile / kStages & 1", "(uint32_t)tile & 1", H_ODD),
-    Fault("rounds of the slots are told by items", HOPPER, "(uint32_t)turn / kSlots & 1", "(uint32_t)turn & 1", H_ODD),
+    Fault("rounds of the slots are told by items", HOPPER, "(uint32_t)item / kSlots & 1", "(uint32_t)item & 1", H_ODD),
     Fault("a tile is free when one warp is done with it", HOPPER, "barrier_init(empty(i), 8)", "barrier_init(empty(i), 1)", H_LONG),
     Fault("a tile is free when one warpgroup is done with it", HOPPER, "barrier_init(empty(i), 8)", "barrier_init(empty(i), 4)", H_LONG),
     Fault("a tile is free when 7 of 8 warps are done with it", HOPPER, "barrier_init(empty(i), 8)", "barrier_init(empty(i), 7)", H_RING),
     Fault("a slot is free when one warpgroup is done with it", HOPPER, "barrier_init(q_empty(i), 8)", "barrier_init(q_empty(i), 4)", H_GRID),
     Fault("barriers are not published", HOPPER, "    barrier_publish();\n", "", H_ODD),
-    Fault("the producer's lanes go on one by one", HOPPER, "    sync_warp();  // a lane that waited", "    // a lane that waited", H_EMPTY),
+    Fault("the producer's lanes go on one by one", HOPPER, "for ever.\n    sync_warp();\n", "for ever.\n", H_EMPTY),
     Fault("thresholds of as many heads as the batch has", HOPPER, "p.pv_heads[item.head]", "p.pv_heads[item.head_of_batch]", H_HEADS),
-    Fault("a lane that waits for a stage misses its phase", HOPPER, "    sync_warp();  // as above", "    // as above", H_SHORT),
-    Fault("facts of a tile are written when its copies are under way", HOPPER, TILE_FACTS + TILE_COPIES, TILE_COPIES + TILE_FACTS, H_SHORT),
-    Fault("facts of an item are written when its copies are under way", HOPPER, ITEM_FACTS + ITEM_COPIES, ITEM_COPIES + ITEM_FACTS, H_SHORT),
+    Fault("a lane that waits for a stage misses its phase", HOPPER, "        sync_warp();  // as for the slot", "        // as for the slot",
+          H_SHORT),
+    Fault("metadata of a tile is written when its copies are under way", HOPPER, TILE_METADATA + TILE_COPIES, TILE_COPIES + TILE_METADATA, H_SHORT),
+    Fault("metadata of an item is written when its copies are under way", HOPPER, ITEM_METADATA + ITEM_COPIES, ITEM_COPIES + ITEM_METADATA, H_SHORT),
     Fault("a tile is freed while it is multiplied", HOPPER, "            wgmma_wait<1>(product);\n            free_stage();",
           "            free_stage();\n            wgmma_wait<1>(product);", H_LONG),
     Fault("a dropped tile is not freed", HOPPER, "pass_turn();\n            free_stage();\n          }", "pass_turn();\n          }", H_DROPS),
@@ -194,38 +196,38 @@ ATTENTION_HOPPER = [
           "tile_maxima<false>(acc, factor, threshold, rows, tile_top)", H_DROPS),
     Fault("both warpgroups vote together", HOPPER, "any_thread(kVote + warpgroup_again(), 128, tile_maxima<false>",
           "any_thread(kVote, 256, tile_maxima<false>", H_DROPS),
-    Fault("facts of another tile", HOPPER, "control().facts[at]", "control().facts[0]", H_ODD),
-    Fault("facts of an item are read when its slot is free", HOPPER, "const Item item = item_facts.item;", "const Item& item = item_facts.item;",
-          H_GRID),
+    Fault("metadata of another tile", HOPPER, "control().metadata[at]", "control().metadata[0]", H_ODD),
+    Fault("metadata of an item is read when its slot is free", HOPPER, "const Item item = item_metadata.item;",
+          "const Item& item = item_metadata.item;", H_GRID),
     Fault("both slots have one place for Q", HOPPER, "+ slot * kBytesQ", "", H_GRID),
-    Fault("both warpgroups have the first 64 queries", HOPPER, "place_of_q(slot_of(turn)) + warpgroup_again() * 64 * kDim",
-          "place_of_q(slot_of(turn))", H_ODD),
+    Fault("both warpgroups have the first 64 queries", HOPPER, "address_of_q(slot_of(taken)) + warpgroup_again() * 64 * kDim",
+          "address_of_q(slot_of(taken))", H_ODD),
     Fault("the missing half of V is what was there", HOPPER, FETCH, FETCH.replace("kTileBlocks", "blocks"), H_LEFT),
     Fault("the barrier expects too few bytes", HOPPER, "blocks * kBytesK + kTileBlocks * kBytesV", "kBytesK + kTileBlocks * kBytesV", H_ODD),
     Fault("the barrier expects too many bytes", HOPPER, "blocks * kBytesK + kTileBlocks * kBytesV", "kTileBlocks * (kBytesK + kBytesV)", H_ODD),
     Fault("the next chunk of a list is the same again", HOPPER, "entry(chunk + kChunk + lane)", "entry(chunk + lane)", H_LONG),
     Fault("the sequence of another head", HOPPER, "p.sequence[index]", "p.sequence[rank]", H_SEQUENCE),
     Fault("items are counted on from the last call", SELECT, "if (task == 0 && p.counter != nullptr) *p.counter = 0;", "",
-          Check("test_whole_call", "test_shapes", (1, 2, 1, 200, 200, 64, "sm90", 1))),
+          Check("test_whole_call", "test_shapes", ((1, 2, 1, 200, 200, 64), "sm90", 1))),
     Fault("chunks of K lie one after the other", HOPPER, "at_byte(b, 32 * i)", "at_byte(b, 0)", H_ODD),
     Fault("the second half of a block's V is the first", HOPPER, "+ (g % 2) * 32)", ")", H_ODD),
     Fault("ones lie where the next block's V lies", HOPPER, "place * kPlaceV + kBytesV))[word]", "place * kBytesV + kBytesV))[word]", H_ODD),
-    Fault("products do not see the ones", HOPPER, "    fence_async();\n  }\n  sync_block();", "  }\n  sync_block();", H_ODD),
+    Fault("products do not see the ones", HOPPER, "    fence_async();\n  }\n  sync_cta();", "  }\n  sync_cta();", H_ODD),
     Fault("row sums of the first row", HOPPER, "product[kPartTiles][2 * h]", "product[kPartTiles][h]", H_ODD),
     Fault("decay of the other row", HOPPER, "decay[e >> 1], product[j][e]", "decay[e & 1], product[j][e]", H_ODD),
-    Fault("dropped tiles are counted by every warp", HOPPER, "if (!w.kept && (thread_id_again() & 127) == 0",
-          "if (!w.kept && (thread_id_again() & 31) == 0", H_DROPS),
+    Fault("dropped tiles are counted by every warp", HOPPER, "if (!w.needed && (thread_id_again() & 127) == 0",
+          "if (!w.needed && (thread_id_again() & 31) == 0", H_DROPS),
     Fault("scores are read while they are summed, without turns", HOPPER,
           "            wgmma_wait<1>(acc);\n          }\n          softmax", "          }\n          softmax", H_OVERLAP),
-    Fault("P of a dropped tile is what was there", HOPPER, "if (!now.kept) nothing(now);", "", H_SPLIT),
+    Fault("P of a dropped tile is what was there", HOPPER, "if (!now.needed) nothing(now);", "", H_SPLIT),
     Fault("a warp frees a tile for its whole warpgroup", HOPPER, "if (is_first_lane()) barrier_arrive(empty(stage_of(tile)));", FOR_ALL_WARPS,
           H_RING),
-    Fault("a warp frees Q for its whole warpgroup", HOPPER, "if (is_first_lane()) barrier_arrive(q_empty(slot_of(turn)));",
-          FOR_ALL_WARPS.replace("empty(stage_of(tile))", "q_empty(slot_of(turn))"), H_GRID),
+    Fault("a warp frees Q for its whole warpgroup", HOPPER, "if (is_first_lane()) barrier_arrive(q_empty(slot_of(taken)));",
+          FOR_ALL_WARPS.replace("empty(stage_of(tile))", "q_empty(slot_of(taken))"), H_GRID),
     Fault("scales are freed that may still be read", HOPPER, SCALES_READ, SCALES_READ.replace("fence_async();\n", ""), H_GRID),
     Fault("one lane fences what all lanes of its warp read", HOPPER, SCALES_READ, SCALES_READ.replace("fence", "if (is_first_lane()) fence"), H_GRID),
-    Fault("one thread fences the ones that all have written", HOPPER, "    fence_async();\n  }\n  sync_block();",
-          "    if (thread_id() == 0) fence_async();\n  }\n  sync_block();", H_ODD),
+    Fault("one thread fences the ones that all have written", HOPPER, "    fence_async();\n  }\n  sync_cta();",
+          "    if (thread_id() == 0) fence_async();\n  }\n  sync_cta();", H_ODD),
     Fault("the ones are fenced before all are written", HOPPER, "[word] = 0x38383838u;\n    }\n    fence_async();\n",
           "[word] = 0x38383838u;\n      if (i < kThreads) fence_async();\n    }\n", H_ODD),
     Fault("more registers are taken than are given away", HOPPER, "kConsumerRegisters = 240", "kConsumerRegisters = 248", H_ODD),
@@ -243,8 +245,8 @@ WAYS = select("every_way_to_run_gives_the_same_bits", 64, "subblock")
 
 CHOICE = [
     Fault("pools are used before they have landed", SELECT, "    copy_async_wait<1>();\n", "", SIZES),
-    Fault("no barrier between scores and choice", SELECT, "= z;\n    }\n  sync_block();\n}", "= z;\n    }\n}", WAYS),
-    Fault("no barrier between two tasks", SELECT, "    sync_block();  // shared memory and scratch", "    // shared memory and scratch", WAYS),
+    Fault("no barrier between scores and choice", SELECT, "= z;\n    }\n  sync_cta();\n}", "= z;\n    }\n}", WAYS),
+    Fault("no barrier between two tasks", SELECT, "    sync_cta();  // shared memory and scratch", "    // shared memory and scratch", WAYS),
     Fault("one block too many at a tie", SELECT, "count_bits(tied & before) < cut.ties", "count_bits(tied & before) <= cut.ties",
           select("ties_go_to_the_lowest_index", "subblock", True)),
     Fault("the causal edge is looked for a block late", SELECT, "last_key > (int64_t)query_block * kBlockQ +",

@@ -38,7 +38,7 @@ struct alignas(8) Bytes8 {
 DEVICE int thread_id() { return emulator::current->thread; }
 DEVICE int lane_id() { return emulator::current->thread & 31; }
 DEVICE int warp_id() { return emulator::current->thread >> 5; }
-DEVICE int64_t block_id() { return emulator::block_id(); }
+DEVICE int64_t cta_id() { return emulator::cta_id(); }
 DEVICE int64_t grid_size() { return emulator::grid_size(); }
 
 DEVICE char* shared_memory() { return emulator::shared_memory(); }
@@ -202,7 +202,7 @@ DEVICE void load(Kind kind, uint32_t (&out)[4], uint32_t shared, Site at) {
 }
 }  // namespace emulator
 
-DEVICE void sync_block(SITE) { emulator::sync_block(at); }
+DEVICE void sync_cta(SITE) { emulator::sync_cta(at); }
 DEVICE void sync_warp(SITE) { emulator::collective(emulator::kSyncWarp, at); }
 DEVICE float shuffle_xor(float value, int mask, SITE) { return as_float(emulator::exchange(emulator::kShuffleXor, as_bits(value), mask, at)); }
 DEVICE int shuffle_xor(int value, int mask, SITE) { return (int)emulator::exchange(emulator::kShuffleXor, (uint32_t)value, mask, at); }

@@ -18,7 +18,7 @@
 
 namespace emulator {
 
-const char* const kNames[kKinds] = {"sync_block", "sync_warp", "shuffle_xor", "shuffle", "shuffle_up", "any_lane", "vote",
+const char* const kNames[kKinds] = {"sync_cta", "sync_warp", "shuffle_xor", "shuffle", "shuffle_up", "any_lane", "vote",
                                     "load_matrix", "load_matrix_transposed", "mma_s8s8", "mma_u8s8", "mma_half", "barrier_wait",
                                     "sync_threads", "arrive_threads", "any_thread", "keep_registers", "take_registers", "wgmma_s8", "wgmma_e4m3",
                                     "wgmma_fence", "wgmma_commit", "wgmma_wait for a product"};
@@ -241,7 +241,7 @@ void end_thread() {
   int lane = me.api.thread & 31, warp = me.api.thread >> 5;
   me.state = kEnded;
   if (w.waiting) fail("ended while lanes of its warp wait for it");
-  if (block->arrived) fail("ended while other threads wait in sync_block");
+  if (block->arrived) fail("ended while other threads wait in sync_cta");
   if (block->async) async_thread_ends();
   w.ended |= 1u << lane;
   if (++block->ended == block->launch->threads) {
@@ -363,7 +363,7 @@ __thread Thread* current;
 
 // ---- what prim.cuh calls -----------------------------------------------------------------------------------------------------------------------
 
-int64_t block_id() { return block->id; }
+int64_t cta_id() { return block->id; }
 int64_t grid_size() { return block->launch->grid; }
 char* shared_memory() { return block->shared; }
 uint32_t shared_address(const void* pointer) {
@@ -375,14 +375,14 @@ uint32_t shared_address(const void* pointer) {
 
 void refuse(const char* rule, double value, Site at) { fail("%s, got %.9g at %s:%d", rule, value, base_name(at.file), at.line); }
 
-void sync_block(Site at) {
+void sync_cta(Site at) {
   Fiber& me = self();
   Warp& w = warp_of(me);
   wait(me, kSyncBlock, at);
-  if (w.waiting) fail("in sync_block while lanes of its warp wait for it elsewhere");
-  if (block->ended) fail("in sync_block, which threads that have ended cannot reach");
+  if (w.waiting) fail("in sync_cta while lanes of its warp wait for it elsewhere");
+  if (block->ended) fail("in sync_cta, which threads that have ended cannot reach");
   if (block->arrived && (block->barrier_site.line != at.line || block->barrier_site.file != at.file))
-    fail("in another sync_block than the threads before it");
+    fail("in another sync_cta than the threads before it");
   block->barrier_site = at;
   w.at_barrier |= 1u << (me.api.thread & 31);
   int warp = me.api.thread >> 5, warps = block->launch->threads >> 5;
@@ -405,7 +405,7 @@ void collective(Kind kind, Site at) {
   uint32_t lane = me.api.thread & 31;
   wait(me, kind, at);
   if (w.ended) fail("in %s, which lanes of its warp that have ended cannot reach", kNames[kind]);
-  if (w.at_barrier) fail("in %s while lanes of its warp wait in sync_block", kNames[kind]);
+  if (w.at_barrier) fail("in %s while lanes of its warp wait in sync_cta", kNames[kind]);
   if (w.waiting && (w.kind != kind || w.site.line != at.line || w.site.file != at.file)) fail("lanes of one warp in different places");
   if (kind >= kShuffleXor && kind <= kShuffleUp && w.operands[lane][1] > 31u)
     fail("%s with lane, mask or delta %d at %s:%d", kNames[kind], (int)w.operands[lane][1], base_name(at.file), at.line);

@@ -57,11 +57,11 @@ struct Thread {
 
 extern __thread Thread* current;
 
-int64_t block_id();
+int64_t cta_id();
 int64_t grid_size();
 char* shared_memory();
 uint32_t shared_address(const void* pointer);
-void sync_block(Site at);
+void sync_cta(Site at);
 // Waits until the 32 lanes of the warp have come here with their operands; then every lane finds its results.
 void collective(Kind kind, Site at);
 void copy_async(uint32_t shared, const void* global, Site at);

@@ -11,9 +11,9 @@ struct SampleParams {
 KERNEL(reverse, 256, SampleParams) {
   int* memory = (int*)shared_memory();
   int t = thread_id();
-  memory[t] = ((const int*)p.a)[block_id() * 256 + t];
-  if (p.which != 1) sync_block();
-  ((int*)p.out)[block_id() * 256 + t] = memory[255 - t];
+  memory[t] = ((const int*)p.a)[cta_id() * 256 + t];
+  if (p.which != 1) sync_cta();
+  ((int*)p.out)[cta_id() * 256 + t] = memory[255 - t];
 }
 
 // The same within each warp; `which` 1 leaves out the barrier.
@@ -40,7 +40,7 @@ KERNEL(lanes, 64, SampleParams) {
 }
 
 // Counts in one word across the grid; every thread keeps the number it drew.
-KERNEL(count, 256, SampleParams) { ((int*)p.out)[1 + block_id() * 256 + thread_id()] = atomic_add((int*)p.out, 1); }
+KERNEL(count, 256, SampleParams) { ((int*)p.out)[1 + cta_id() * 256 + thread_id()] = atomic_add((int*)p.out, 1); }
 
 // n rounds of 4096 bytes through a buffer of two stages. `which`: 1 no wait, 2 a wait that leaves the copy under way, 3 no barrier after the wait,
 // 4 no barrier before the buffer is filled again.
@@ -53,14 +53,14 @@ KERNEL(pipeline, 256, SampleParams) {
   };
   fetch(0);
   for (int round = 0; round < p.n; round++) {
-    if (p.which != 4) sync_block();
+    if (p.which != 4) sync_cta();
     fetch(round + 1);
     if (p.which == 2) {
       copy_async_wait<2>();
     } else if (p.which != 1) {
       copy_async_wait<1>();
     }
-    if (p.which != 3) sync_block();
+    if (p.which != 3) sync_cta();
     ((Bytes16*)p.out)[round * 256 + t] = ((Bytes16*)(memory + round % 2 * 4096))[255 - t];
   }
 }
@@ -76,22 +76,22 @@ KERNEL(strangers, 256, SampleParams) {
   } else if (p.which == 1) {  // a shuffle and a vote
     value = t % 32 == 7 ? (int)vote(true) : shuffle_xor(t, 1);
   } else if (p.which == 2) {  // a shuffle and the block's barrier
-    if (t == 100) sync_block();
+    if (t == 100) sync_cta();
     value = shuffle_xor(t, 1);
   } else if (p.which == 3) {  // one thread ends, the others wait for it in the barrier
     if (t == 200) return;
-    sync_block();
+    sync_cta();
   } else if (p.which == 4) {  // one lane ends, its warp shuffles
     if (t == 200) return;
     value = shuffle_xor(t, 1);
   } else if (p.which == 5) {  // warps in different barriers
     if (t < 128)
-      sync_block();
+      sync_cta();
     else
-      sync_block();
+      sync_cta();
   } else if (p.which == 6) {  // waits for a value that nobody writes
     volatile int* flag = (volatile int*)shared_memory();
-    sync_block();
+    sync_cta();
     while (*flag != 1) {
     }
   }

@@ -35,10 +35,10 @@ DEVICE void whole_product_s8(const SampleParams& p) {
   if (p.which == 3) fence_async();
   copy_plainly(memory, p.a, 64 * kRowBytes, 128);
   copy_plainly(memory + 64 * kRowBytes, p.b, kN * kRowBytes, 128);
-  if (p.which == 2) sync_block();
+  if (p.which == 2) sync_cta();
   if (p.which == 0 || p.which == 4 || (p.which == 2 && thread_id() == 77)) fence_async();
   if (p.which == 4 && thread_id() == 50) memory[64 * kRowBytes + 16 * 50 + 9] = 1;
-  sync_block();
+  sync_cta();
   int sum[kN / 8][4];
   if (p.c) load_product(sum, p.c);
   const uint32_t a = shared_address(memory), b = a + 64 * kRowBytes;
@@ -64,7 +64,7 @@ DEVICE void whole_product_e4m3(const SampleParams& p) {
   char* memory = shared_memory();
   copy_plainly(memory, p.b, kN * 64, 128);
   fence_async();
-  sync_block();
+  sync_cta();
   float sum[kN / 8][4];
   uint32_t a[2][4];
   const int row = warp_id() * 16 + lane_id() / 4, word = lane_id() % 4;
@@ -113,7 +113,7 @@ KERNEL(squares, 384, SampleParams) {
   }
   copy_plainly(memory, p.a, 2 * kBytes, 384);
   fence_async();
-  if (p.which != 7) sync_block();
+  if (p.which != 7) sync_cta();
   const int t = thread_id() - 128, items = (int)grid_size() * 2;
   int at = 0, parity = 0;
   auto advance = [&]() {
@@ -201,7 +201,7 @@ KERNEL(rounds, 160, SampleParams) {
     barrier_init(empty, 128);
     barrier_publish();
   }
-  sync_block();
+  sync_cta();
   uint32_t sum = 0;
   for (int i = 0; i < p.n; i++) {
     if (t == 128) {
@@ -226,7 +226,7 @@ KERNEL(apart, 128, SampleParams) {
   char* memory = shared_memory();
   copy_plainly(memory, p.a, 8192, 128);
   fence_async();
-  sync_block();
+  sync_cta();
   const uint32_t start = shared_address(memory);
   int sum[8][4];
   for (int i = 0; i < p.n; i++) {
@@ -303,11 +303,11 @@ KERNEL(misuse_barriers, 256, SampleParams) {
     if (w == 1) barrier_init(barrier, 1);
     if (w != 3 && w != 4) barrier_publish();
   }
-  sync_block();
+  sync_cta();
   if (t == 1 && (w == 0 || w == 3)) barrier_arrive(barrier);
   if (t == 0 && w == 4) bulk_copy(start, p.a, 16, barrier);
   if (t == 7 && w == 2) ((volatile int*)shared_memory())[2049] = 1;
-  sync_block();
+  sync_cta();
   if (t == 0 && w == 2 && p.n) barrier_arrive(barrier);
   if (t == 0 && w == 5) {
     barrier_arrive_expect(barrier, 16);
@@ -374,7 +374,7 @@ KERNEL(misuse_products, 256, SampleParams) {
   const int t = thread_id(), w = p.which;
   copy_plainly(memory, p.a, 8192, 256);
   fence_async();
-  sync_block();
+  sync_cta();
   const uint32_t start = shared_address(memory);
   int sum[8][4] = {};
   float other[8][4] = {};

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 
 import emulator
 import pytest
+import reference
 import torch
-from sparge_kernels import BlockMask, compensation, config, quantize, reference
+from sparge_kernels import BlockMask, centring, compensation, config
 from sparge_kernels.backends import cuda as backend
 
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -39,7 +40,7 @@ class EmulatedMachine:
         return None
 
     def kernel(self, variant, symbol):
-        return SimpleNamespace(variant=variant, name=symbol)
+        return SimpleNamespace(variant=variant, name=symbol, origin=f"{variant.name}, emulated")
 
     def launch(self, kernel, grid, threads, shared, params, stream):
         self.launched.append(kernel.name)
@@ -104,13 +105,14 @@ def expected(q, k, v, blocks, *, form, compensate=False, perm=None, key_mask=Non
     inverse = None
     centre = None  # of K, in the caller's order whatever the plan
     if compensate and how.get("smooth_k", True):
-        centre = quantize.key_centre(k, None if key_mask is None else _valid(key_mask))
+        centre = centring.key_centre(k, None if key_mask is None else _valid(key_mask))
     if perm is not None:  # a plan: attention in plan order, rows back
         inverse = torch.argsort(perm)
         q, k, v = (x[:, :, perm] for x in (q, k, v))
         key_mask = None if key_mask is None else key_mask[:, perm]
     dim, (arch, pv) = config.padded_dim(q.shape[3]), DEVICES[form]
-    rows, tile_blocks = (64, config.hopper_config(dim).tile_blocks) if config.on_hopper_kernel(arch, pv) else (16, config.TILE_BLOCKS[dim])
+    on_hopper = config.attention_kernel(arch, pv) is config.SM90
+    rows, tile_blocks = (64, config.HOPPER_CONFIG[dim].tile_blocks) if on_hopper else (16, config.TILE_BLOCKS[dim])
     common = dict(key_mask=key_mask, causal=causal, scale=scale, causal_offset=how.get("causal_offset", 0))
     exact = reference.attention(q, k, v, blocks, **common)
     rules = dict(qk="int8", pv=pv, row_group=rows, key_tile=64 * tile_blocks, smooth_k=how.get("smooth_k", True))
@@ -149,7 +151,7 @@ def _with_skipped(q, k, v, out, lse, blocks, key_mask, causal, scale, centre):
             frame = frame + top
         if causal:  # whole blocks only
             visible = visible & ((torch.arange(n_k) + 1)[None] * 64 - 1 <= torch.arange(n_q)[:, None] * 128)
-        state = compensation.skipped_state(q[b], kb, vb, weight, visible & ~blocks[b], scale, shift=not causal)
+        state = compensation.pooled_state(compensation.Heads(q[b], kb, vb, weight, visible & ~blocks[b]), scale, shift=not causal)
         o, l = compensation.merge(out[b].float(), (lse[b].float() - frame), q[b], state, scale)
         outs.append(o)
         lses.append(l + frame)

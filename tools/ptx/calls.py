@@ -17,7 +17,7 @@ from whole_call import check as check_numbers
 from whole_call import clustered, falling, normal
 
 HALF = torch.float16
-HOPPER = (config.HOPPER, "fp8")
+HOPPER = ("sm_90", "fp8")
 
 
 def earlier_with(variant: config.Variant, arch: str) -> str | None:
@@ -155,7 +155,7 @@ def check(call: WholeCall, arch: str, pv: str, result: Result) -> None:
         how["perm"] = call.options["order"].perm
     if "pvthreshd" in how:
         assert result.info.pv_skipped.max() > 0.1, "no tile drops out: the call says nothing"
-    form = "sm90" if config.on_hopper_kernel(arch, pv) else pv
+    form = "sm90" if config.attention_kernel(arch, pv) is config.SM90 else pv
     check_numbers(out, result.lse, result.info, q, k, v, form=form, flat=False, **how)
 
 

@@ -26,19 +26,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cubins
 import emulator
 import torch
 import translate
 from required import missing
 from sparge_kernels import config
-from sparge_kernels.cuda import build, nvrtc
+from sparge_kernels.cuda import nvrtc
 
 HERE = Path(__file__).resolve().parent
 COPIES = ("at once", "random", "late")
 LIBRARY_FLAGS = ("-w", "-shared", "-Ihost")
 HEADERS = ("arithmetic.h", "machine.h")
 RUNTIME = ("runtime.cpp", "collectives.cpp", "async.cpp")
-MANIFEST = build.FOLDER / "manifest.json"
+MANIFEST = cubins.FOLDER / "manifest.json"
+MOST_SHARED = 227 << 10
+"""Most bytes of shared memory that a CTA may have, on Hopper."""
+
 LIMIT = 120.0
 """Seconds after which a launch counts as hung."""
 
@@ -83,9 +87,9 @@ class Schedule:
 
 @functools.cache
 def _compiler() -> nvrtc.Compiler:
-    library = build.pinned_nvrtc()
+    library = cubins.pinned_nvrtc()
     if library is None:
-        missing(f"the compiler {build.NVRTC_PACKAGE} {build.NVRTC_VERSION}")
+        missing(f"the compiler {cubins.NVRTC_PACKAGE} {cubins.NVRTC_VERSION}")
     return nvrtc.open_library(library)
 
 
@@ -96,7 +100,7 @@ def ptx_of(variant: config.Variant, arch: str) -> str:
     Without the pinned compiler the test is skipped; with CI=true it fails.
     """
     program = nvrtc.program(variant.source, variant.target(arch).replace("sm_", "compute_"), variant.defines)
-    key = hashlib.sha256(f"{program.digest} {build.NVRTC_VERSION}".encode()).hexdigest()[:20]
+    key = hashlib.sha256(f"{program.digest} {cubins.NVRTC_VERSION}".encode()).hexdigest()[:20]
     return _kept(f"{variant.name}-{key}.ptx", lambda: _compiler().compile(program).code.decode())
 
 
@@ -240,8 +244,8 @@ class Library:
         """
         kernel = _Kernel.in_dll(self._dll, translate.symbol_of(symbol))
         size = ctypes.sizeof(params)
-        if launch.threads > kernel.threads or launch.threads % 32 or size != kernel.params_size or launch.shared > config.HOPPER_SHARED:
-            limits = f"up to {kernel.threads} threads, {kernel.params_size} bytes of parameters and up to {config.HOPPER_SHARED} of shared memory"
+        if launch.threads > kernel.threads or launch.threads % 32 or size != kernel.params_size or launch.shared > MOST_SHARED:
+            limits = f"up to {kernel.threads} threads, {kernel.params_size} bytes of parameters and up to {MOST_SHARED} of shared memory"
             raise RuntimeError(f"{symbol} takes {limits}, got {launch.threads}, {size} and {launch.shared}")
         ranges = _tensors_of(params) if tensors is None else [_memory_of(tensor) for tensor in tensors]
         held = (_Range * len(ranges))(*ranges)
@@ -301,6 +305,7 @@ class _MachineKernel:
     variant: config.Variant
     name: str
     library: Library
+    origin: str = "its PTX, executed"
 
 
 class PtxMachine:

@@ -1,6 +1,6 @@
 """Runs the programs of ring_protocol.py in every interleaving.
 
-    found = explore(protocol.of(config.hopper_config(128)))
+    found = explore(protocol.of(config.HOPPER_CONFIG[128]))
     print(found.states, found.depth, found.wrong)
 
 The model is a block of the grid: the producer's warp and the warps of two warpgroups, which are not tied to each other but by what they wait for. A

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
+import hopper_candidates
 from explorer import Found, Search, explore, story
 from ring_protocol import of
 from sparge_kernels import config
@@ -36,7 +37,7 @@ class Case(NamedTuple):
 
 def cases() -> list[Case]:
     """2 to 4 stages and all that the kernel may be built with, whole; and warps of two lanes in every group, with fewer warps."""
-    built = {(chosen.stages, chosen.overlap) for dim in config.DIMS for chosen in (config.hopper_config(dim), *config.hopper_candidates(dim))}
+    built = {(chosen.stages, chosen.overlap) for dim in config.DIMS for chosen in (config.HOPPER_CONFIG[dim], *hopper_candidates.candidates(dim))}
     whole = built | {(stages, overlap) for stages in (2, 3, 4) for overlap in (False, True)}
     lanes = [Case(2, overlap, 2, Search(two_lanes=(group,))) for overlap in (False, True) for group in (1, 2)]
     plain = Search(fuse=False, alike=False)

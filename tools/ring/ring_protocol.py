@@ -1,7 +1,7 @@
 """What the warps of kernels/cuda/src/attention_sm90.cuh do to each other, and nothing else of them: who waits for what, arrives where, reads and
 overwrites what, as short programs.
 
-    protocol = of(config.hopper_config(128))
+    protocol = of(config.HOPPER_CONFIG[128])
 
 tools/ring/explorer.py runs these programs in every interleaving, tests/ring/test_kernel.py compares them with what the kernel does on the emulator.
 There are two programs: the producer's, and the consumers', which both warpgroups have with other hardware barriers.
@@ -73,6 +73,36 @@ class Op(NamedTuple):
     parity: int = 0
 
 
+@dataclass(frozen=True)
+class Ring:
+    """What the warps of attention_sm90.cuh agree on however it is built.
+
+    Attributes
+    ----------
+    slots : int
+        Items whose Q is there or on its way.
+    fills : int
+        Arrivals that a stage or a slot is full after, beside the bytes that they announce: the producer's first lane.
+    frees : int
+        Arrivals that a stage or a slot is empty after: one of each warp that computes.
+    turn, vote : int
+        Hardware barriers of the first warpgroup that computes; the second one's are the next.
+    turn_threads, vote_threads : int
+        Threads that meet there: those of both warpgroups, those of one.
+    """
+
+    slots: int = config.HOPPER_SLOTS
+    fills: int = 1
+    frees: int = 8
+    turn: int = 1
+    vote: int = 3
+    turn_threads: int = 256
+    vote_threads: int = 128
+
+
+RING = Ring()
+
+
 class Block(NamedTuple):
     ops: tuple[Op, ...]
     then: str | dict[str, str]
@@ -91,7 +121,7 @@ class Protocol:
     stages, slots : int
     warps : int
         Of a warpgroup.
-    ring : config.HopperRing
+    ring : Ring
     producer : Program
     consumers : tuple of Program
     arrivals : dict of str to int
@@ -105,7 +135,7 @@ class Protocol:
     stages: int
     slots: int
     warps: int
-    ring: config.HopperRing
+    ring: Ring
     producer: Program
     consumers: tuple[Program, ...]
     arrivals: dict[str, int]
@@ -191,7 +221,7 @@ def consumer(warpgroup: int, overlap: bool) -> Program:
 
 def of(chosen: config.HopperConfig, warps: int = 4) -> Protocol:
     """The protocol of Hopper's kernel as `chosen`, in small with fewer warps in a warpgroup."""
-    ring = config.HOPPER_RING
+    ring = RING
     if warps != 4:
         ring = replace(ring, frees=2 * warps, turn_threads=64 * warps, vote_threads=32 * warps)
     counts = {TILE: chosen.stages, ITEM: ring.slots}

@@ -1,14 +1,15 @@
 // Block-sparse flash attention with mma.sync: INT8 Q K^T, P V in INT8 (unsigned P) or fp16. sm_80 and above.
 //
-// A block of 256 threads owns one query block of 128 rows of one head; a warp owns 16 of them. Registers: the warp's Q fragments, the scores of one
+// A CTA of 256 threads owns one query block of 128 rows of one head; a warp owns 16 of them. Registers: the warp's Q fragments, the scores of one
 // tile, O in fp32. Shared memory: kStages tiles of K and V, filled by cp.async while earlier ones are used. A tile is 64 keys at E = 128 and two kept
 // blocks that follow each other in the list at E = 64, so that both have 128 matrix instructions per warp; an odd last block stays alone in its tile.
 // The online softmax is fp32 in log2 units; the row sum is that of the unrounded P.
 //   INT8: P is rounded against the row's maximum in the tile, so that small tiles keep all their bits; a tile's P V is a whole number, added to O in
 //   fp32.
 //   fp16: P as it is; its products add to O itself.
-// When no row of a warp reaches pvthreshd under its running maximum, the warp drops the tile: no exp, no P V, nothing in the denominator, and the
-// maxima stay. Skipped blocks' pooled state (compensation) enters after the loop. Rows go back to the caller's order on their way out.
+// When no row of a warp comes within pvthreshd of its running maximum, the warp skips the tile's P V: no exp, no product, nothing in the denominator,
+// and the maxima stay. The pooled state of the blocks that were not kept (compensation) enters after the loop. Rows go back to the caller's order on
+// their way out.
 #pragma once
 #include <prim.cuh>
 #include <layout.cuh>
@@ -76,7 +77,7 @@ DEVICE void add_values(const uint32_t (&weights)[kGroups][4], uint32_t shared_v,
 KERNEL(sparge_attention_mma, kThreads, AttentionParams) {
   const int lane = lane_id(), group = lane >> 2;
   const int64_t blocks_q = (p.s_q + kBlockQ - 1) / kBlockQ, blocks_k = (p.s_k + kBlockK - 1) / kBlockK;
-  const Item item = item_at(p, block_id() / blocks_q, blocks_q - 1 - block_id() % blocks_q);  // causal rows and text at the end keep the most: first
+  const Item item = item_at(p, cta_id() / blocks_q, blocks_q - 1 - cta_id() % blocks_q);  // causal rows and text at the end keep the most: first
   const uint16_t* ids = p.lists + item.list * p.capacity;
   const int count = p.counts[item.list];
   const int tiles = (count + kTileBlocks - 1) / kTileBlocks;
@@ -87,7 +88,7 @@ KERNEL(sparge_attention_mma, kThreads, AttentionParams) {
   const float* bias2 = kMasked ? p.bias2 + item.batch * blocks_k * kBlockK : nullptr;
   const uint32_t stages = shared_address(shared_memory());
 
-  int id_ahead[kTileBlocks];  // of the next tile to load: read a tile early, so that no load waits for its list
+  int id_ahead[kTileBlocks];  // key blocks of the next tile to load, read a tile early: else the load would wait for them
   auto look_ahead = [&](int t) {
     UNROLL for (int i = 0; i < kTileBlocks; i++) id_ahead[i] = t * kTileBlocks + i < count ? ids[t * kTileBlocks + i] : 0;
   };
@@ -125,11 +126,11 @@ KERNEL(sparge_attention_mma, kThreads, AttentionParams) {
   Rows rows = {{kNone, kNone}, {0.0f, 0.0f}, {row < p.s_q, row + 8 < p.s_q}};
   float o[kDim / 8][4] = {};
   const float threshold = p.pv_heads ? p.pv_heads[item.head] : p.pvthreshd;
-  int dropped = 0;
+  int skipped = 0;
 
   for (int t = 0; t < tiles; t++) {
     copy_async_wait<kStages - 2>();
-    sync_block();  // tile t is there for everybody, and everybody is done with tile t - 1, whose place the next load takes
+    sync_cta();  // tile t is there for everybody, and everybody is done with tile t - 1, whose place the next load takes
     if (t + kStages - 1 < tiles) load(t + kStages - 1);
     copy_async_commit();
     const uint32_t stage = stages + (t % kStages) * kStageBytes;
@@ -156,25 +157,25 @@ KERNEL(sparge_attention_mma, kThreads, AttentionParams) {
     float decay[2], gain[2];
     float tile_top[2];
     const bool edge = has_edge(p, tile, item.block_q * kBlockQ);
-    bool kept;
+    bool needed;
     if (edge) {
       mask_scores(p, acc, factor, tile, bias2, row);
-      kept = any_lane(tile_maxima<true>(acc, factor, threshold, rows, tile_top));
-      if (kept) weigh<true>(acc, factor, tile_top, rows, weights, decay, gain);
+      needed = any_lane(tile_maxima<true>(acc, factor, threshold, rows, tile_top));
+      if (needed) softmax_weights<true>(acc, factor, tile_top, rows, weights, decay, gain);
     } else {
-      kept = any_lane(tile_maxima<false>(acc, factor, threshold, rows, tile_top));
-      if (kept) weigh<false>(acc, factor, tile_top, rows, weights, decay, gain);
+      needed = any_lane(tile_maxima<false>(acc, factor, threshold, rows, tile_top));
+      if (needed) softmax_weights<false>(acc, factor, tile_top, rows, weights, decay, gain);
     }
-    if (kept) {
+    if (needed) {
       add_values(weights, stage + kTileBlocks * kBlockBytesK, decay, gain, o);
     } else {
-      dropped++;
+      skipped++;
     }
   }
 
   if (lane == 0 && rows.real[0]) {  // lane 0 holds the warp's first row
-    atomic_add(p.skips + 2 * item.head_of_batch, dropped);
-    atomic_add(p.skips + 2 * item.head_of_batch + 1, tiles);
+    atomic_add(p.pv_tiles + 2 * item.head_of_batch, skipped);
+    atomic_add(p.pv_tiles + 2 * item.head_of_batch + 1, tiles);
   }
   write_rows(p, item, row, rows, o);
 }

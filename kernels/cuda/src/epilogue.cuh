@@ -42,8 +42,8 @@ DEVICE void store_four(const AttentionParams& p, int64_t at, int column, bool wi
   }
 }
 
-// Writes the thread's two rows (`row` and row + 8, plan order) to where the caller has them, with the pooled state of what was skipped (compensation)
-// and the log-sum-exp. All lanes of a warp come here together.
+// Writes the thread's two rows (`row` and row + 8, plan order) to where the caller has them, with the pooled state of the blocks that were not kept
+// (compensation) and the log-sum-exp. All lanes of a warp come here together.
 DEVICE void write_rows(const AttentionParams& p, const Item& item, int64_t row, const Rows& rows, const float (&o)[kDim / 8][4]) {
   const int lane = lane_id();
   const float* state = p.state ? p.state + item.list * (4 + kDim) : nullptr;
@@ -87,8 +87,8 @@ DEVICE void write_rows(const AttentionParams& p, const Item& item, int64_t row, 
       UNROLL for (int i = 0; i < 4; i++) {
         value[i] *= kept * v_scale[column + i];
         if (state) {
-          float skipped = state[4 + column + i] + (shift && column + i < p.dim ? state[2] * shift[column + i] : 0.0f);
-          value[i] = fused(skipped, pooled, value[i]);
+          float value_of_pooled = state[4 + column + i] + (shift && column + i < p.dim ? state[2] * shift[column + i] : 0.0f);
+          value[i] = fused(value_of_pooled, pooled, value[i]);
         }
         value[i] *= inverse;
       }

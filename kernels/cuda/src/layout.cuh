@@ -1,9 +1,10 @@
 // What the kernels hand to each other and get from Python: constants, tensor layouts, and one parameter struct per kernel.
 // kernels/cuda/params.py mirrors the structs; a test compares sizes and offsets.
 //
-// Letters: B batch, H query heads, H_kv key/value heads, S_q and S_k tokens, N_q and N_k blocks of 128 query and 64 key rows, D the caller's head_dim,
-// E its padded form (64 or 128, compile-time kDim). "Plan position" p holds the caller's token perm[p] (p itself without a plan). All tensors that are
-// not the caller's are contiguous and in plan order. Every offset is computed in 64 bits.
+// Letters: B batch, H query heads, H_kv key/value heads, S_q and S_k tokens, N_q and N_k blocks of 128 query and 64 key rows, D the caller's
+// head_dim, E its padded form (64 or 128, compile-time kDim). A CTA is a device thread block; a "block" is a query block or a key block. Position p
+// of plan order holds the caller's token perm[p] (p itself without a plan). All tensors that are not the caller's are contiguous and in plan order.
+// Every offset is computed in 64 bits.
 #pragma once
 
 constexpr int kBlockQ = 128;
@@ -14,7 +15,7 @@ constexpr int kCentreGroup = 16;             // one token of so many makes the c
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.69314718f;
 constexpr float kVarianceCap = 8.0f;
-constexpr float kNothingSkipped = -1e30f;    // m0 of a compensation state that is empty; also the running maximum before the first tile
+constexpr float kNothingPooled = -1e30f;    // m0 of a compensation state that is empty; also the running maximum before the first tile
 
 // Element types of the caller's tensors.
 constexpr int kHalf = 0, kBfloat = 1, kFloat = 2;
@@ -34,8 +35,8 @@ DEVICE constexpr int key_at_position(int position) {
 
 // The token of the caller's order that stands for the 16 from `first` on in the centre of K. Its place within the group changes with the square of the
 // group's number: a fixed place would take the same columns of every video whose width shares a factor with 16, and one that moves with the number
-// itself those of some other width. The factor was found to serve every width (kernels/quantize.py, which says the same in PyTorch, tells how well).
-// Token 0 is always one; the last group's may lie past the end.
+// itself those of some other width. The factor was found to serve every width (kernels/centring.py, which says the same in PyTorch, tells how well).
+// Token 0 is always one of them; that of the last group may lie past the end.
 DEVICE constexpr int sampled_token(int first) {
   const uint32_t group = (uint32_t)first / kCentreGroup;
   return first + (int)(group * group * 1126333u >> 20 & (kCentreGroup - 1));
@@ -66,7 +67,7 @@ struct StatisticsParams {
 struct PrepassParams {
   const void *q, *k, *v;
   Strides q_stride, k_stride, v_stride;
-  const int64_t* perm;       // (S,) or null; with a plan S_q = S_k
+  const int64_t* perm;       // (S,) plan position -> the caller's token, and S_q = S_k; or null: they are the same
   const uint8_t* key_valid;  // as above
   const float* key_bias;     // as above
   const float* k_sum;        // as above
@@ -83,7 +84,7 @@ struct PrepassParams {
   uint16_t* q_mean;          // (B, H, N_q * 4, 2, E) [high, low] means of 32 rows over the rows that exist; zero where none does
   uint16_t* q_square;        // (B, H, N_q * 4, 2, E) squares of those means
   float* q_pool_scale;       // (B, H, N_q * 4, 2) scale of q_mean, of q_square
-  uint16_t* k_mean;          // (B, H_kv, N_k, 2, E) means weighted by exp(bias), K minus its centre, before any Hadamard rotation
+  uint16_t* k_mean;          // (B, H_kv, N_k, 2, E) means weighted by exp(bias), K minus its centre
   uint16_t* k_variance;      // (B, H_kv, N_k, 2, E) mean square minus squared mean, at least 0
   float* k_pool_scale;       // (B, H_kv, N_k, 2)
   float* k_weight;           // (B, N_k) sum of exp(bias) over valid keys
@@ -94,7 +95,6 @@ struct PrepassParams {
   float scale;               // softmax scale
   int32_t batch, heads, kv_heads, s_q, s_k, dim, splits;
   int32_t smooth_k;          // 0: the centre is zero
-  int32_t hadamard;          // 1: rotate Q and K by the orthonormal Hadamard matrix of size E before quantising
   int32_t pv;                // kPvInt8, kPvFp8 or kPvHalf
 };
 
@@ -111,7 +111,7 @@ struct SelectParams {
   uint16_t* lists;                 // (B, H, N_q, capacity) kept key blocks, ascending
   int32_t* counts;                 // (B, H, N_q)
   int32_t* visible;                // (B, N_q) visible blocks of the row; written by head 0
-  int32_t* skips;                  // (B, H, 2) zeroed here for the attention kernel
+  int32_t* pv_tiles;               // (B, H, 2) zeroed here for the attention kernel
   int32_t* counter;                // one number, zeroed here for the attention kernel; or null
   float* state;                    // (B, H, N_q, 4 + E): m0 (log2 units), l0, shift weight, unused, U; null unless compensating
   float* scratch;                  // (slots, 64, scratch_stride): the scores of the task at hand
@@ -131,8 +131,8 @@ struct SequenceParams {
   int32_t s_q;
 };
 
-// Grid: B * H * N_q, heads slowest, the last query block of a head first. Hopper's kernel: as many blocks as the device holds at once; they draw
-// those items from the counter, in the same order or the sequence's.
+// Grid: B * H * N_q CTAs, heads slowest, the last query block of a head first. A persistent kernel has as many as the device holds at once, which
+// fetch those query blocks from the counter, in the same order or in the sequence's.
 struct AttentionParams {
   const int8_t *q8, *k8;           // as above
   const void* v8;
@@ -147,11 +147,11 @@ struct AttentionParams {
   const float* lse_shift;          // (B, H, S_q) plan order; given with lse
   const float* top;                // (B,) largest key bias, added to lse; or null
   const float* pv_heads;           // (H,) or null
-  int32_t* skips;                  // (B, H, 2): tiles that were dropped, all tiles of the lists; per warp of 16 rows, on Hopper per warpgroup of 64
+  int32_t* pv_tiles;               // (B, H, 2): tiles whose P V was skipped, all tiles; counted per warp of 16 rows, on Hopper per warpgroup of 64
   const float* state;              // compensation, as above; or null
   const float* row_shift;          // (B, H, S_q, D) fp32, caller's order: scale * C q per row, what the shift weight multiplies; null without a shift
-  int32_t* counter;                // items drawn so far, at first zero; Hopper's kernel only
-  const uint16_t* sequence;        // (B, H, N_q) query blocks, the longest list first; null: N_q - 1, N_q - 2, ...; Hopper's kernel only
+  int32_t* counter;                // query blocks fetched so far, at first zero; persistent kernels only
+  const uint16_t* sequence;        // (B, H, N_q) query blocks, the longest list first; null: N_q - 1, N_q - 2, ...; persistent kernels only
   float pvthreshd;                 // log2 units
   int32_t batch, heads, kv_heads, s_q, s_k, dim, capacity;
   int32_t causal, causal_offset;

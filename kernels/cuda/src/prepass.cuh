@@ -2,14 +2,14 @@
 // above (e4m3: sm_89). Compile-time: SPARGE_DIM = E (64 or 128), SPARGE_INPUT = type of q, k and v. 256 threads.
 //
 // A thread holds 8 channels of a row, so 16 (E = 128) or 8 (E = 64) lanes share a row, and 16-byte loads of 16-bit input are coalesced.
-// A statistics block owns one split of the keys of a head: running sums and maxima stay in registers, shared memory only joins the warps.
-// A pre-pass block owns 128 query rows or 64 key rows of a head, gathered through the plan. A query row is done as soon as it is loaded: pooled,
-// rotated, scaled, rounded, stored; shared memory joins the pools of the warps. Key rows stay in registers while the block finds its scale; 8-bit V
-// is transposed through shared memory. All arithmetic is fp32 but for maxima of magnitudes, which compare bits, so that NaN and infinity reach the
+// A CTA of the statistics owns one split of the keys of a head: running sums and maxima stay in registers, shared memory only joins the warps.
+// A CTA of the pre-pass owns a query block or a key block of a head, gathered in plan order. A query row is done as soon as it is loaded: pooled,
+// scaled, rounded, stored; shared memory joins the pools of the warps. Key rows stay in registers until their block's scale is known; 8-bit V is
+// transposed through shared memory. All arithmetic is fp32 but for maxima of magnitudes, which compare bits, so that NaN and infinity reach the
 // scales. Every sum has a fixed order.
 //
 // Bytes per token and channel with 16-bit input and 8-bit V, q, k and v alike in size: statistics read V 2 and K 2/16; the pre-pass reads 3 x 2 and
-// writes q8 + k8 + v8 3, pools of q 8/32 and of k 8/64, in all 11.5; with scales, plan and masks less than 12. Key blocks also read the partial sums
+// writes q8 + k8 + v8 3, pools of q 8/32 and of k 8/64, in all 11.5; with scales, order and masks less than 12. Key blocks also read the partial sums
 // of all splits, splits/8 bytes per token and channel, out of L2: keep splits at 16 or so.
 #include <prim.cuh>
 
@@ -22,7 +22,7 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kChannels = 8;                     // of a thread
 constexpr int kLanes = kDim / kChannels;         // threads that share a row
-constexpr int kSlots = kThreads / kLanes;        // rows that the block holds side by side
+constexpr int kSlots = kThreads / kLanes;        // rows that the CTA holds side by side
 constexpr int kKeyRows = kBlockK / kSlots;       // rows of a thread in a key block
 constexpr int kWarpRows = kBlockQ / kWarps;      // consecutive rows of a warp in a query block; two warps make a pool
 constexpr int kStep = 32 / kLanes;               // rows that a warp holds side by side
@@ -30,7 +30,6 @@ constexpr int kColumns = kDim / 32;              // channels of a lane where a w
 constexpr int kElementBytes = kInput == kFloat ? 4 : 2;
 constexpr int kBatch = 8 / kElementBytes;        // rows a thread asks for before it uses the first: 64 bytes
 constexpr int kWords = kChannels * kElementBytes / 4;
-constexpr float kRotation = kDim == 128 ? 0.08838834764f : 0.125f;  // kDim ** -0.5
 constexpr uint32_t kMagnitude = 0x7fffffffu;
 constexpr uint32_t kInfinity = 0x7f800000u;
 constexpr float kSmallestNormal = 1.17549435e-38f;  // 2 ** -126
@@ -164,7 +163,7 @@ DEVICE uint32_t pack_value(bool fp8, float a, float b, float c, float d) {
 }
 
 // Byte offset of a channel of q8 or k8 in its row.
-DEVICE int place_of(int row, int channel) { return chunk_of(kDim, row, channel / 16) * 16 + channel % 16; }
+DEVICE int byte_of(int row, int channel) { return chunk_of(kDim, row, channel / 16) * 16 + channel % 16; }
 
 // 8 channels of a row. No value passes 127: none is larger than 127 scale by more than one rounding.
 DEVICE void store_int8(int8_t* to, const float (&x)[kChannels], float scale) {
@@ -178,24 +177,6 @@ DEVICE uint32_t absmax_of(const float (&x)[kChannels]) {
   uint32_t top = 0;
   UNROLL for (int i = 0; i < kChannels; i++) top = max_of(top, as_bits(x[i]) & kMagnitude);
   return top;
-}
-
-// The row times the Hadamard matrix: index bits 0..2 are in the thread, the others in the lane.
-DEVICE void rotate(float (&x)[kChannels]) {
-  UNROLL for (int step = 1; step < kChannels; step *= 2) {
-    UNROLL for (int i = 0; i < kChannels; i++) {
-      if (!(i & step)) {
-        const float a = x[i], b = x[i + step];
-        x[i] = a + b;
-        x[i + step] = a - b;
-      }
-    }
-  }
-  UNROLL for (int mask = 1; mask < kLanes; mask *= 2) {
-    const float sign = lane_id() & mask ? -1 : 1;
-    UNROLL for (int i = 0; i < kChannels; i++) x[i] = fused(sign, x[i], shuffle_xor(x[i], mask));
-  }
-  UNROLL for (int i = 0; i < kChannels; i++) x[i] *= kRotation;
 }
 
 // unit += weight * x / |x|; a row of zeros, or one that holds NaN, adds nothing.
@@ -263,7 +244,7 @@ DEVICE int load_batch(const StatisticsParams& p, Chunk (&chunk)[kBatch], const c
 KERNEL(sparge_statistics, 256, StatisticsParams) {
   StatisticsShared& shared = *(StatisticsShared*)shared_memory();
   const int thread = thread_id(), slot = thread / kLanes;
-  const int id = (int)block_id(), row = id / p.splits, head = row % p.kv_heads, batch = row / p.kv_heads;
+  const int id = (int)cta_id(), row = id / p.splits, head = row % p.kv_heads, batch = row / p.kv_heads;
   const int start = id % p.splits * p.split_length, end = min_of(start + p.split_length, p.s_k);
   const char* k = at(p.k, batch * p.k_stride.batch + head * p.k_stride.head);
   const char* v = at(p.v, batch * p.v_stride.batch + head * p.v_stride.head);
@@ -299,7 +280,7 @@ KERNEL(sparge_statistics, 256, StatisticsParams) {
     const uint32_t top = max_of_rows(bits);
     if (lane_id() < kLanes) shared.absmax[warp_id()][lane_id() * kChannels + i] = top;
   }
-  sync_block();
+  sync_cta();
   if (thread < kDim) {
     float total = 0;
     uint32_t top = 0;
@@ -349,7 +330,7 @@ DEVICE void query_block(const PrepassParams& p, int id, int n_q) {
   if (p.lse_shift) {
     const int kv_row = batch * p.kv_heads + head / (p.heads / p.kv_heads);
     if (thread_id() < kDim) shared.centre[thread_id()] = centre_of(p, kv_row, thread_id());
-    sync_block();
+    sync_cta();
   }
   float sum[kChannels] = {}, unit[kChannels] = {};
   for (int done = 0; done < kWarpRows; done += kStep * kBatch) {  // rolled up, for the registers
@@ -379,15 +360,14 @@ DEVICE void query_block(const PrepassParams& p, int id, int n_q) {
         dot = sum_of_row(dot) * p.scale;
         if (channel == 0 && row < rows) p.lse_shift[(int64_t)(id / n_q) * p.s_q + block * kBlockQ + row] = dot;
       }
-      if (p.hadamard) rotate(x);
       const float scale = scale_of(max_of_row(absmax_of(x)), 127);
-      store_int8(p.q8 + stored * kDim + place_of(row, channel), x, scale);
+      store_int8(p.q8 + stored * kDim + byte_of(row, channel), x, scale);
       if (channel == 0) p.q_scale[stored] = scale * to_score;
     }
   }
   store_partial(shared.sum, sum);
   if (p.q_sim) store_partial(shared.unit, unit);
-  sync_block();
+  sync_cta();
   // One of 4 pools x (mean, square) per warp.
   const int pool = warp / 2, square = warp % 2;
   const int pool_rows = min_of(rows - pool * kPoolQ, kPoolQ);
@@ -472,11 +452,11 @@ DEVICE void key_block(const PrepassParams& p, int id, int n_k) {
       const int token = p.perm ? (int)p.perm[position] : position;
       if (attends(p, batch, token)) bias = p.key_bias ? p.key_bias[(int64_t)batch * p.s_k + token] * kLog2E : 0;
     }
-    // A key that is seen has some weight, however low its bias: a block of such keys is not a masked one.
+    // A key that is seen has some weight, however low its bias: else a block of such keys would count as masked.
     shared.weight[thread] = bias > -infinity() ? max_of(exp2_of(bias), kSmallestNormal) : 0;
     if (head == 0 && p.bias2) p.bias2[((int64_t)batch * n_k + block) * kBlockK + thread] = bias;
   }
-  sync_block();
+  sync_cta();
 
   float x[kKeyRows][kChannels], weight[kKeyRows];
   UNROLL for (int j = 0; j < kKeyRows; j++) {
@@ -501,13 +481,10 @@ DEVICE void key_block(const PrepassParams& p, int id, int n_k) {
     store_partial(shared.unit, unit);
   }
   uint32_t absmax = 0;
-  UNROLL for (int j = 0; j < kKeyRows; j++) {
-    if (p.hadamard) rotate(x[j]);
-    absmax = max_of(absmax, absmax_of(x[j]));
-  }
+  UNROLL for (int j = 0; j < kKeyRows; j++) absmax = max_of(absmax, absmax_of(x[j]));
   absmax = max_of_warp(absmax);
   if (lane == 0) shared.absmax[warp] = absmax;
-  sync_block();
+  sync_cta();
 
   absmax = 0;
   UNROLL for (int i = 0; i < kWarps; i++) absmax = max_of(absmax, shared.absmax[i]);
@@ -516,10 +493,10 @@ DEVICE void key_block(const PrepassParams& p, int id, int n_k) {
   const int64_t stored = (int64_t)id * kBlockK;
   UNROLL for (int j = 0; j < kKeyRows; j++) {
     const int key = key_at_position(kKeyRows * slot + j);
-    // 32 bits inside the block: a 64-bit place per row takes the registers of the third block on a multiprocessor.
-    store_int8(p.k8 + stored * kDim + (uint32_t)(key * kDim + place_of(key, channel)), x[j], scale);
+    // 32 bits inside the block: with a 64-bit offset per row the registers do not suffice for three CTAs a multiprocessor.
+    store_int8(p.k8 + stored * kDim + (uint32_t)(key * kDim + byte_of(key, channel)), x[j], scale);
   }
-  // Only now that K has left its registers: three blocks fit on a multiprocessor, and one loads while another computes.
+  // V is loaded only now that K has left its registers, so that three CTAs fit on a multiprocessor: one loads while another computes.
   load_keys(p, chunk, p.v, p.v_stride, batch, head, block);
   UNROLL for (int j = 0; j < kKeyRows; j++) {
     if (shared.weight[key_at_position(kKeyRows * slot + j)] == 0) chunk[j] = {};
@@ -557,7 +534,7 @@ DEVICE void key_block(const PrepassParams& p, int id, int n_k) {
       }
     }
   }
-  sync_block();
+  sync_cta();
 
   if (p.pv != kPvHalf) {
     constexpr int kChunks = kBlockK / 16;  // of a channel
@@ -596,7 +573,7 @@ DEVICE void key_block(const PrepassParams& p, int id, int n_k) {
 
 KERNEL(sparge_prepass, 256, PrepassParams) {
   const int n_q = (p.s_q + kBlockQ - 1) / kBlockQ, n_k = (p.s_k + kBlockK - 1) / kBlockK;
-  const int id = (int)block_id(), query_blocks = p.batch * p.heads * n_q;
+  const int id = (int)cta_id(), query_blocks = p.batch * p.heads * n_q;
   if (id < query_blocks) {
     query_block(p, id, n_q);
   } else {

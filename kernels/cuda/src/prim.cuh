@@ -1,7 +1,7 @@
 // Every instruction that is not plain C++, each behind a named function: the only file with inline assembly or compiler intrinsics.
 //
 // It needs no header, neither the host's nor CUDA's, so that NVRTC compiles it anywhere. The tests compile the kernels for the CPU against another
-// file of this name with the same functions (tests/emulator/prim.cuh): what a function does is written here once, in its comment.
+// file of this name with the same functions (tools/emulator/prim.cuh): what a function does is written here once, in its comment.
 // Minimum arch: sm_80. A few functions exist only above (their comment says so).
 #pragma once
 
@@ -35,10 +35,10 @@ struct alignas(8) Bytes8 {
 DEVICE int thread_id() { return threadIdx.x; }
 DEVICE int lane_id() { return threadIdx.x & 31; }
 DEVICE int warp_id() { return threadIdx.x >> 5; }
-DEVICE int64_t block_id() { return blockIdx.x; }
+DEVICE int64_t cta_id() { return blockIdx.x; }
 DEVICE int64_t grid_size() { return gridDim.x; }
 
-// The dynamic shared memory of the block, aligned to 1024 bytes.
+// The dynamic shared memory of the CTA, aligned to 1024 bytes.
 DEVICE char* shared_memory() {
   extern __shared__ __align__(1024) char memory[];
   return memory;
@@ -48,7 +48,7 @@ DEVICE uint32_t shared_address(const void* pointer) { return (uint32_t)__cvta_ge
 
 // ---- together ----------------------------------------------------------------------------------------------------------------------------------
 
-DEVICE void sync_block() { __syncthreads(); }
+DEVICE void sync_cta() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE int shuffle_xor(int value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }

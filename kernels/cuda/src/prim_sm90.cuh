@@ -1,6 +1,6 @@
 // The instructions that only Hopper (sm_90a) has, each behind a named function, as in prim.cuh: barriers in shared memory, bulk copies, registers
 // handed from one warpgroup to another, and matrix products of a warpgroup (four warps, the first one's number a multiple of four).
-// The tests have a file of this name for the CPU (tests/emulator/prim_sm90.cuh).
+// The tests have a file of this name for the CPU (tools/emulator/prim_sm90.cuh).
 #pragma once
 #include <prim.cuh>
 
@@ -11,7 +11,7 @@
 DEVICE void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-// By the thread that initialised, before a sync_block: now other threads and copies may use the barriers.
+// By the thread that initialised, before a sync_cta: now other threads and copies may use the barriers.
 DEVICE void barrier_publish() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 DEVICE void barrier_arrive(uint32_t barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
 // Announces `bytes` of copies and arrives.
@@ -46,7 +46,7 @@ DEVICE int thread_id_again() {
 }
 
 // ---- together ----------------------------------------------------------------------------------------------------------------------------------
-// Hardware barriers 1 to 15 (0 is sync_block's). `threads`, a multiple of 32, counts those that wait and those that only arrive.
+// Hardware barriers 1 to 15 (0 is sync_cta's). `threads`, a multiple of 32, counts those that wait and those that only arrive.
 
 DEVICE void sync_threads(int id, int threads) { asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 DEVICE void arrive_threads(int id, int threads) { asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }

@@ -1,12 +1,12 @@
 // Pooled scores to lists of kept key blocks: the rules of kernels/selection.py.
 //
-// A block (256 threads) takes one task after another: (batch, head, 16 query blocks), that is 64 query pools against all key blocks.
+// A CTA (256 threads) takes one task after another: (batch, head, 16 query blocks), that is 64 query pools against all key blocks.
 // First the scores, on the tensor cores: warps 0..3 hold 16 pool means each, warps 4..7 the squares of the same, as fp16 pairs in registers;
 // tiles of key pools (mean and variance, fp16 pairs) stream through two buffers in shared memory. high * high + high * low + low * high, summed in
 // fp32, is as good as an fp32 product. The variance warps pass their term to the mean warps through shared memory, which write the scores
-// to this block's 64 rows of global scratch and keep each pool's softmax statistics. Then one warp per query block, without the others:
+// to this CTA's 64 rows of global scratch and keep each pool's softmax statistics. Then one warp per query block, without the others:
 // it ranks its row (in shared memory, over the tile buffers, or in scratch), finds the cut by bisection on the ordered integer form of fp32, and
-// writes the list. Compensation, where asked for, repeats the product with other outputs and pools what was skipped.
+// writes the list. Compensation, where asked for, repeats the product with other outputs and pools what was not kept.
 // Everything but the products' operands is fp32. Minimum arch: sm_80.
 //
 // Shared memory in bytes: kFixed + max(2 * kStage, row_in_shared ? 8 * 4 * N_k : 0), with kStage = 16384 and kFixed = 5168 for kDim 128, 9648 for 64
@@ -27,7 +27,7 @@ constexpr int kStage = 2 * kColumns * kRowBytes;
 constexpr float kLowest = -1e30f;           // of a visible block: scores that are NaN or smaller
 constexpr uint32_t kHidden = 0, kForced = 0xffffffffu;  // ranks outside those of any float but NaN
 
-// What a block works on; in shared memory, for want of registers.
+// What a CTA works on; in shared memory, for want of registers.
 struct Task {
   int b, h;
   int first;          // query block
@@ -164,7 +164,7 @@ DEVICE void score(const SelectParams& p, const Task& t, Shared& shared, char* bu
     if (tile + 1 < tiles) copy_tile(p, t, base + (buffer ^ 1) * kStage, tile + 1, kinds);
     copy_async_commit();
     copy_async_wait<1>();
-    sync_block();
+    sync_cta();
 
     float dot[kAcross][4] = {}, rest[kAcross][4] = {};  // apart, so that the small products are not rounded at the size of the large ones
     if (kind < kinds) {
@@ -196,7 +196,7 @@ DEVICE void score(const SelectParams& p, const Task& t, Shared& shared, char* bu
         dot[n][e] = x;
       }
     if (kind == 1 && tile + 1 < tiles) describe_tile(p, t, shared, tile + 1);
-    sync_block();
+    sync_cta();
     if (kForm == kMoments ? kind >= kinds : kind == 1) continue;
 
     UNROLL for (int half = 0; half < 2; ++half) {
@@ -236,7 +236,7 @@ DEVICE void score(const SelectParams& p, const Task& t, Shared& shared, char* bu
       z += shuffle_xor(z, 2);
       if ((lane & 3) == 0) shared.top[row + 8 * half] = best, shared.sum[row + 8 * half] = z;
     }
-  sync_block();
+  sync_cta();
 }
 
 // ---- the choice, by one warp -------------------------------------------------------------------------------------------------------------------
@@ -404,13 +404,14 @@ DEVICE void choose(const SelectParams& p, const Task& t, const Shared& shared, f
 
 // ---- compensation ------------------------------------------------------------------------------------------------------------------------------
 
-// The weights of what one query block skipped, into the fourth of its scratch rows, and the head of its state; by one warp, after score<kMoments>.
-DEVICE void weigh_skipped(const SelectParams& p, const Task& t, const Shared& shared, int local) {
+// The weights of the blocks that one query block pools, into the fourth of its scratch rows, and the head of its state. By one warp, after
+// score<kMoments>.
+DEVICE void pooled_weights(const SelectParams& p, const Task& t, const Shared& shared, int local) {
   int lane = lane_id(), query_block = t.first + local, end = shared.end[local];
   const float* scores = t.scratch + local * kPools * p.scratch_stride;
   const float *half_variance = scores + p.scratch_stride, *marks = scores + 2 * p.scratch_stride;
   float* weights = t.scratch + (local * kPools + 3) * p.scratch_stride;
-  float top = kNothingSkipped;
+  float top = kNothingPooled;
   for (int j = lane; j < end; j += 32) {
     float exponent = -infinity();
     if (marks[j] != 0.0f) {
@@ -445,7 +446,7 @@ DEVICE void pool_values(const SelectParams& p, const Task& t) {
     float value = p.v_mean[(t.k_row + j) * kDim + channel];
     UNROLL for (int i = 0; i < kEach; ++i) {
       float weight = first + i < blocks ? t.scratch[((first + i) * kPools + 3) * p.scratch_stride + j] : 0.0f;
-      if (weight != 0.0f) sums[i] = fused(weight, value, sums[i]);  // what was not skipped may hold NaN
+      if (weight != 0.0f) sums[i] = fused(weight, value, sums[i]);  // what is not pooled may hold NaN
     }
   }
   UNROLL for (int i = 0; i < kEach; ++i)
@@ -464,22 +465,22 @@ KERNEL(sparge_select, 256, SelectParams) {
   Task& t = shared.task;
   int n_q = (p.s_q + kBlockQ - 1) / kBlockQ, groups = (n_q + kGroup - 1) / kGroup;
   int64_t tasks = (int64_t)p.batch * p.heads * groups;
-  for (int64_t task = block_id(); task < tasks; task += grid_size()) {
+  for (int64_t task = cta_id(); task < tasks; task += grid_size()) {
     if (thread_id() == 0) {
       int64_t head = task / groups;
       t.b = (int)(head / p.heads), t.h = (int)(head % p.heads), t.first = (int)(task % groups) * kGroup;
       t.n_q = n_q, t.n_k = (p.s_k + kBlockK - 1) / kBlockK;
       t.q_row = head * n_q * kPools, t.k_row = ((int64_t)t.b * p.kv_heads + t.h / (p.heads / p.kv_heads)) * t.n_k;
       t.end = visible_end(p, min_of(t.first + kGroup, n_q) - 1);
-      t.scratch = p.scratch + block_id() * kRows * p.scratch_stride;
-      if (t.first == 0) p.skips[head * 2] = p.skips[head * 2 + 1] = 0;
+      t.scratch = p.scratch + cta_id() * kRows * p.scratch_stride;
+      if (t.first == 0) p.pv_tiles[head * 2] = p.pv_tiles[head * 2 + 1] = 0;
       if (task == 0 && p.counter != nullptr) *p.counter = 0;
     }
     if (thread_id() < kGroup) {
       int block = (int)(task % groups) * kGroup + thread_id();
       shared.end[thread_id()] = block < n_q ? visible_end(p, block) : 0;
     }
-    sync_block();
+    sync_cta();
     int blocks = min_of(kGroup, n_q - t.first);
     if (p.block_map == nullptr) {
       if (p.causal)
@@ -495,23 +496,23 @@ KERNEL(sparge_select, 256, SelectParams) {
     float* row = (float*)buffers + (p.row_in_shared ? (int64_t)warp * t.n_k : 0);
     for (int i = warp; i < blocks; i += 8) choose(p, t, shared, row, i);
     if (p.state != nullptr) {
-      sync_block();
+      sync_cta();
       score<kMoments>(p, t, shared, buffers);
-      for (int i = warp; i < blocks; i += 8) weigh_skipped(p, t, shared, i);
-      sync_block();
+      for (int i = warp; i < blocks; i += 8) pooled_weights(p, t, shared, i);
+      sync_cta();
       pool_values(p, t);
     }
-    sync_block();  // shared memory and scratch are free for the next task
+    sync_cta();  // shared memory and scratch are free for the next task
   }
 }
 
-// One block per head: each thread finds the ranks of some query blocks by looking at all others, which no sort beats at a few hundred.
+// One CTA per head: each thread finds the ranks of some query blocks by looking at all others, which no sort beats at a few hundred.
 KERNEL(sparge_sequence, 256, SequenceParams) {
   int n_q = (p.s_q + kBlockQ - 1) / kBlockQ;
-  const int32_t* counts = p.counts + block_id() * n_q;
+  const int32_t* counts = p.counts + cta_id() * n_q;
   for (int i = thread_id(); i < n_q; i += 256) {
     int count = counts[i], rank = 0;
     for (int j = 0; j < n_q; ++j) rank += counts[j] >= count + (j <= i);
-    p.sequence[block_id() * n_q + rank] = (uint16_t)i;
+    p.sequence[cta_id() * n_q + rank] = (uint16_t)i;
   }
 }

@@ -12,20 +12,20 @@ constexpr int kBlockTiles = kBlockK / 8;                            // accumulat
 constexpr int kKeyTiles = kBlockTiles * kTileBlocks;
 constexpr int kGroupKeys = kPv == kPvHalf ? 16 : 32;                // keys of one P V instruction
 constexpr int kGroups = kBlockK * kTileBlocks / kGroupKeys;
-constexpr float kNone = kNothingSkipped;                            // running maximum before the first tile
+constexpr float kNone = kNothingPooled;                            // running maximum before the first tile
 constexpr float kLog2Of255 = 7.99435344f;
 constexpr float kOffset = kPv == kPvFp8 ? 8.0f : 0.0f;              // log2 of what FP8's P, sum and O are multiplied by
 
 // What a thread knows of its two rows.
 struct Rows {
-  float top[2];    // running maximum, log2 units; only tiles that were not dropped move it
+  float top[2];    // running maximum, log2 units; tiles whose P V is skipped do not move it
   float sum[2];    // kSumRounded: the whole; else this thread's part
-  bool real[2];    // rows past S_q have no say in what is dropped
+  bool real[2];    // false past S_q: such rows have no say in what is skipped
 };
 
 struct Tile {
-  int first_key[kTileBlocks];  // of each block
-  int blocks;                      // 1 to kTileBlocks
+  int first_key[kTileBlocks];  // of each key block
+  int blocks;                  // 1 to kTileBlocks
 };
 
 // Whether some score of the tile must not count: no mask_scores otherwise. `first_row`: the lowest row that shares the answer.
@@ -38,7 +38,7 @@ DEVICE bool has_edge(const AttentionParams& p, const Tile& tile, int first_row) 
   return edge;
 }
 
-// Scores as fp32 in place of the integers, -inf where a key is masked, past the end, behind the causal edge or in a missing block.
+// Scores as fp32 in place of the integers, -inf where a key is masked, past the end, after the causal edge or in a missing block.
 DEVICE void mask_scores(const AttentionParams& p, int (&acc)[kKeyTiles][4], const float (&factor)[kTileBlocks][2], const Tile& tile, const float* bias2,
                         int row) {
   UNROLL for (int j = 0; j < kKeyTiles; j++) {
@@ -77,7 +77,7 @@ DEVICE bool tile_maxima(const int (&acc)[kKeyTiles][4], const float (&factor)[kT
     }
     top = max_of(top, shuffle_xor(top, 1));
     tile_top[h] = max_of(top, shuffle_xor(top, 2));
-    // Written so that NaN objects; a row that sees nothing here (-inf) does not.
+    // Negated, so that a row with NaN needs the tile; one that sees nothing here (-inf) does not.
     needed |= rows.real[h] && !(tile_top[h] <= rows.top[h] - threshold);
   }
   return needed;
@@ -91,10 +91,10 @@ DEVICE float exp2_polynomial(float power) {
   return power < -126.0f ? 0.0f : as_float(as_bits(y) + (as_bits(shifted) << 23));
 }
 
-// P of a tile that is kept, as the operand of the second product. `decay`: what O is multiplied by, `gain`: what the tile's P V is multiplied by.
+// P of a tile whose P V is not skipped, as the operand of the second product. O is multiplied by `decay`, then `gain` times the tile's P V is added.
 template <bool kEdge>
-DEVICE void weigh(const int (&acc)[kKeyTiles][4], const float (&factor)[kTileBlocks][2], const float (&tile_top)[2], Rows& rows,
-                  uint32_t (&weights)[kGroups][4], float (&decay)[2], float (&gain)[2]) {
+DEVICE void softmax_weights(const int (&acc)[kKeyTiles][4], const float (&factor)[kTileBlocks][2], const float (&tile_top)[2], Rows& rows,
+                            uint32_t (&weights)[kGroups][4], float (&decay)[2], float (&gain)[2]) {
   float base[2];
   UNROLL for (int h = 0; h < 2; h++) {
     float own = max_of(tile_top[h], kNone);

@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 
 import torch
+from sparge_kernels.block_mask import BLOCK_K, BLOCK_Q, BlockMask
 from torch import Tensor
-
-from .block_mask import BLOCK_K, BLOCK_Q, BlockMask
 
 LOG2E = math.log2(math.e)
 

@@ -1,8 +1,9 @@
-"""Builds the packaged binaries: every variant of kernels/config.py for every architecture, and the manifest that describes them.
+"""Builds the packaged binaries: the variants that kernels/config.py packages for every architecture, and the manifest that describes them.
 
     python setup.py cubins                        all of config.SHIPPED, with the pinned NVRTC
     python setup.py cubins --arch sm_89,sm_120    only these; the others stay as they are
     python setup.py cubins --nvcc                 with the nvcc on PATH, to compare compilers
+    python setup.py cubins --check                builds elsewhere, names the packaged files that differ, writes nothing
 
 Compilations are edges of a ninja graph, one process each. The same sources and the same compiler give the same bytes on every Linux machine. Binaries
 are stored compressed with zlib: lzma makes them a third smaller, but a Python that was built without liblzma has no such module, and one without zlib
@@ -21,20 +22,21 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .. import config
-from ..config import Variant
-from . import nvrtc
+from sparge_kernels import config
+from sparge_kernels.config import Variant
+from sparge_kernels.cuda import nvrtc
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(nvrtc.__file__).resolve().parent
 NVRTC_PACKAGE, NVRTC_VERSION = "nvidia-cuda-nvrtc-cu12", "12.8.93"
 """The compiler of the packaged binaries. Its binaries for sm_80 to sm_90 have the older form that drivers since 12.0 read; later ones' do not."""
 
-MOST_FILES, MOST_BYTES = 150, 3_000_000
+MOST_FILES, MOST_BYTES = 80, 2_300_000
 """Bounds on what is packaged."""
 
 
@@ -293,6 +295,13 @@ def _attributes(data: bytes):
             at += value
 
 
+def remarks(log: str) -> tuple[str, ...]:
+    """The lines of `nvrtc.Compiled.log` that the assembler has numbered C75..: what it did to Hopper's matrix products because the code does not keep
+    their rules. It put waits between them, or ran one after the other, which costs more than any other choice, and succeeds without a warning.
+    """
+    return tuple(line.strip() for line in log.splitlines() if "(C75" in line)
+
+
 def complaints(built: Built) -> list[str]:
     """What is wrong with a compiled variant: a sentence for everything that is not as `Variant` says.
 
@@ -309,7 +318,7 @@ def complaints(built: Built) -> list[str]:
             wrong.append(f"{symbol} in {where} is declared for {needs.threads} threads, expected {variant.threads}")
         if needs.local > variant.spill_bound:
             wrong.append(f"{symbol} in {where} uses {needs.local} bytes of local memory per thread, at most {variant.spill_bound} allowed")
-    for remark in nvrtc.remarks(built.log):
+    for remark in remarks(built.log):
         wrong.append(
             f"{where}: the assembler has changed the matrix products, which no packaged binary may need ({remark}); name every register "
             "that a product reads or writes in the wgmma_fence before it, and every sum in the wgmma_wait after it"
@@ -331,7 +340,28 @@ def describe(built: Built) -> dict:
     }
 
 
-def write(found: list[Built], folder: Path, *, about: tuple[tuple[str, str], ...], keep: tuple[str, ...] = ()) -> dict:
+def origin(sources: Path = nvrtc.SOURCES) -> dict:
+    """What the manifest says of where the sources come from.
+
+    Returns
+    -------
+    dict
+        `commit`: the last one that changed what decides the bytes (device sources, variants, the compiler's options), so that a build of the same
+        sources says the same whatever was committed after it; None where git or its history is missing. `dirty`: whether some of that is not
+        committed.
+    """
+    paths = [str(path) for path in (sources, Path(config.__file__), Path(nvrtc.__file__))]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(sources), *words, "--", *paths], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("log", "-1", "--format=%H") or None, "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": True}
+
+
+def write(found: list[Built], folder: Path, *, about: tuple[tuple[str, str], ...], sources: dict | None = None, keep: tuple[str, ...] = ()) -> dict:
     """Writes `folder`/cubins and `folder`/manifest.json, and removes the files that the manifest no longer names.
 
     A file whose content is the same stays untouched: not every zlib packs alike. Checksums are therefore of the unpacked content.
@@ -342,6 +372,8 @@ def write(found: list[Built], folder: Path, *, about: tuple[tuple[str, str], ...
     folder : Path
     about : tuple of (str, str)
         The compiler.
+    sources : dict, optional
+        What `origin` says of them.
     keep : tuple of str
         Architectures whose entries in the manifest at hand stay.
 
@@ -370,7 +402,11 @@ def write(found: list[Built], folder: Path, *, about: tuple[tuple[str, str], ...
         entry = describe(built)
         entries.setdefault(built.arch, {})[built.variant.name] = entry
         packed[folder / "cubins" / entry["file"]] = built.code
-    manifest = {"compiler": dict(about), "cubins": {arch: dict(sorted(entries[arch].items())) for arch in sorted(entries, key=config.number)}}
+    manifest = {
+        "compiler": dict(about),
+        "sources": sources or {"commit": None, "dirty": True},
+        "cubins": {arch: dict(sorted(entries[arch].items())) for arch in sorted(entries, key=config.number)},
+    }
     named = {folder / "cubins" / entry["file"] for e in entries.values() for entry in e.values()}
     data = {path: _packed(path, packed.get(path)) for path in named}
     total = sum(map(len, data.values()))
@@ -410,10 +446,50 @@ def build(archs: tuple[str, ...] = config.SHIPPED, *, nvcc: bool = False, folder
     ------
     BuildError
     """
+    found, tool = _compile(archs, work, nvcc, sources)
+    keep = tuple(arch for arch in config.SHIPPED if arch not in archs)
+    return write(found, folder, about=tool.about, sources=origin(sources), keep=keep)
+
+
+def check(archs: tuple[str, ...] = config.SHIPPED, *, nvcc: bool = False, folder: Path = FOLDER, sources: Path = nvrtc.SOURCES) -> list[str]:
+    """Compiles for `archs` in a temporary folder and compares with what is packaged in `folder`, byte for byte; writes nothing there.
+
+    The commit that the manifest names is not compared: the bytes and digests say what the sources are.
+
+    Returns
+    -------
+    list of str
+        A sentence for everything that differs, which begins with the file's name; empty when all is the same.
+
+    Raises
+    ------
+    BuildError
+    """
+    with tempfile.TemporaryDirectory() as work:
+        found, tool = _compile(archs, Path(work), nvcc, sources)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        entries, compiler = {arch: manifest["cubins"].get(arch, {}) for arch in archs}, manifest["compiler"]
+    except (OSError, ValueError, KeyError) as error:
+        return [f"manifest.json cannot be read ({error})"]
+    wrong = [] if compiler == dict(tool.about) else [f"manifest.json names the compiler {compiler}, this one is {dict(tool.about)}"]
+    expected = [(built, describe(built)) for built in found]
+    for built, entry in expected:
+        try:
+            same = zlib.decompress((folder / "cubins" / entry["file"]).read_bytes()) == built.code
+            wrong += [] if same else [f"{entry['file']} is not what the compiler gives for the sources"]
+        except (OSError, zlib.error) as error:
+            wrong.append(f"{entry['file']} cannot be read ({error})")
+        if entries[built.arch].pop(built.variant.name, None) != entry:
+            wrong.append(f"{entry['file']} is not as manifest.json describes it")
+    wrong += [f"{entry['file']} is in manifest.json, but is not packaged" for left in entries.values() for entry in left.values()]
+    there = {f"{arch}/{file.name}" for arch in archs for file in (folder / "cubins" / arch).glob("*")}
+    return wrong + [f"{name} is there, but is not packaged" for name in sorted(there - {entry["file"] for _, entry in expected})]
+
+
+def _compile(archs: tuple[str, ...], work: Path, nvcc: bool, sources: Path) -> tuple[list[Built], Tool]:
     unknown = [arch for arch in archs if arch not in config.SHIPPED]
     if unknown:
         raise BuildError(f"no binaries are shipped for {', '.join(unknown)}; choose from {', '.join(config.SHIPPED)}")
     tool = nvcc_tool() if nvcc else nvrtc_tool()
-    keep = tuple(arch for arch in config.SHIPPED if arch not in archs)
-    found = compile_all(archs, work / ("nvcc" if nvcc else "nvrtc"), tool=tool, sources=sources)
-    return write(found, folder, about=tool.about, keep=keep)
+    return compile_all(archs, work / ("nvcc" if nvcc else "nvrtc"), tool=tool, sources=sources, variants=config.packaged), tool
