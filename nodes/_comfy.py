@@ -69,12 +69,11 @@ def monitors_of(model) -> dict[str, bool]:
     return dict(model.model_options.get("transformer_options", {}).get(MONITORS, {}))
 
 
-def mark_advanced(inputs: list, names: tuple[str, ...]) -> list:
-    """Marks the inputs that few need: since 0.10 front ends show those on demand. Before, inputs know no such mark and all are shown."""
-    for one in inputs:
-        if one.id in names and hasattr(one, "advanced"):
-            one.advanced = True
-    return inputs
+def mark_advanced(widget):
+    """Marks an input that few need: since 0.10 front ends show those on demand. Before, inputs know no such mark and all are shown."""
+    if hasattr(widget, "advanced"):
+        widget.advanced = True
+    return widget
 
 
 def prompt_server():

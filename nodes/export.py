@@ -1,6 +1,6 @@
 """A report as files for other programs and for people: JSON, CSV, a picture that carries the numbers, and a page that opens offline.
 
-Every file holds the numbers of `telemetry.Run.to_dict` unrounded; the page shows them rounded and keeps them in `<data value>`.
+Every file holds the numbers of `recorder.Run.to_dict` unrounded; the page shows them rounded and keeps them in `<data value>`.
 """
 
 from __future__ import annotations
@@ -15,46 +15,48 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from . import draw
+from . import statistics
+from .pictures import canvas, heat_map
+from .pictures.block_maps import LayerMaps
+from .statistics import On
 
-COLUMNS = ("run", "step", "layer", "density", "pv_skipped", "sparse_ms", "dense_ms", "sparse_calls", "dense_calls", "reasons")
 MAX_PNG_TEXT = 4 << 20  # beyond it the picture's text leaves out the numbers of single heads, which it does not show
 MAX_ROWS = 6000  # of the tables of cells on a page; a browser is slow with more
 _PLOT, _LEFT = 960, 52  # width of a page's map, and of the room for its numbers on the left, in the units of its SVG
 
 
-def to_json(runs: list[dict]) -> str:
-    """The runs as JSON text."""
-    return json.dumps({"version": 1, "runs": runs}, indent=1)
+def to_json(runs: list[dict], **style) -> str:
+    """The runs as JSON text, for people but where `json.dumps` is told another style."""
+    return json.dumps({"version": 1, "runs": runs}, **(style or {"indent": 1}))
 
 
 def to_csv(runs: list[dict]) -> str:
     """One row for each cell (step and layer count from 0); an empty field is a number that was not measured."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
+    columns = ["run", "step", "layer", *(row.name for row in statistics.of_calls(On.REPORT)), "reasons"]
+    table.writerow(columns)
     for run in runs:
         for cell in run["cells"]:
             numbers = {**cell, "run": run["run"], "reasons": reasons_text(cell["reasons"])}
-            table.writerow([numbers[name] for name in COLUMNS])
+            table.writerow([numbers[name] for name in columns])
     return text.getvalue()
 
 
 def reasons_text(reasons: dict) -> str:
-    return "; ".join(f"{count} x {reason}" for reason, count in draw.ranked(reasons))
+    return "; ".join(f"{count} x {reason}" for reason, count in heat_map.ranked(reasons))
 
 
 def to_png(pictures: list[Image.Image], runs: list[dict]) -> bytes:
     """The pictures one below the other as a PNG, whose text chunk "sparge" is the runs' JSON."""
-    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), draw.PAPER)
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), canvas.PAPER)
     y = 0
     for picture in pictures:
         sheet.paste(picture, (0, y))
         y += picture.height
-    text = json.dumps({"version": 1, "runs": runs}, separators=(",", ":"))
+    text = to_json(runs, separators=(",", ":"))
     if len(text) > MAX_PNG_TEXT:
-        short = [{**run, "cells": [{**cell, "head_density": None} for cell in run["cells"]]} for run in runs]
-        text = json.dumps({"version": 1, "runs": short}, separators=(",", ":"))
+        text = to_json([{**run, "cells": [{**cell, "head_density": None} for cell in run["cells"]]} for run in runs], separators=(",", ":"))
     info = PngInfo()
     info.add_text("sparge", text)
     return _png(sheet, pnginfo=info)
@@ -70,23 +72,15 @@ def data_uri(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(_png(picture)).decode("ascii")
 
 
-def to_html(runs: list[dict], maps: list[list], written: str) -> str:
+def to_html(runs: list[dict], maps: list[list[LayerMaps]], written: str) -> str:
     """The report as one page that needs nothing else: no script, no network, no font.
 
-    Parameters
-    ----------
-    runs : list of dict
-        `telemetry.Run.to_dict` of each run.
-    maps : list of list of draw_maps.Maps
-        The block maps of each run; an empty list where a run has none.
-    written : str
-        When, as a person writes it.
+    runs : `recorder.Run.to_dict` of each; maps : the block maps of each, empty where a run has none; written : when, as a person writes it.
     """
-    rows_left = MAX_ROWS
-    body = []
+    rows_left, body = MAX_ROWS, []
     for run, shown in zip(runs, maps, strict=True):
         body.append(_run_section(run, shown, rows_left))
-        rows_left -= min(rows_left, len(run["cells"]))
+        rows_left = max(0, rows_left - len(run["cells"]))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<title>Sparge Attention report</title>\n'
@@ -101,45 +95,33 @@ def _number(value, shown: str = "{:,}") -> str:
     return "–" if value is None else f'<data value="{value!r}">{shown.format(value)}</data>'
 
 
-def _run_section(run: dict, maps: list, rows: int) -> str:
-    facts = " · ".join(str(run[key]) for key in ("model", "backend", "device") if run.get(key))
+def _run_section(run: dict, maps: list[LayerMaps], rows: int) -> str:
+    metadata = " · ".join(str(run[key]) for key in ("model", "backend", "device") if run.get(key))
     sizes = " · ".join(f"{run[key]:,} {key}" for key in ("steps", "layers", "heads", "tokens"))
-    steps = draw.step_totals(run)
     parts = [
-        f'<section>\n<h2>Run {run["run"]}</h2>\n<p class="faded">{escape(facts)}<br>{escape(sizes)}</p>',
+        f'<section>\n<h2>Run {run["run"]}</h2>\n<p class="faded">{escape(metadata)}<br>{escape(sizes)}</p>',
         f'<p class="note">{escape(run["note"])}</p>' if run["note"] else "",
         _totals(run["totals"]),
-        _map(run, steps) if run["cells"] else "",
+        _map(run) if run["cells"] else "",
         f'<div class="columns">{_reasons(run["reasons"])}{_settings(run.get("settings") or {})}</div>',
         _maps(maps),
-        _steps_table(run, steps),
+        _steps_table(run),
         _cells_table(run["cells"], rows),
         "</section>",
     ]
     return "\n".join(part for part in parts if part)
 
 
-_TOTALS = {  # name in the totals: label, format
-    "density": ("density", "{:.3f}"),
-    "sparse_calls": ("sparse calls", "{:,}"),
-    "sparse_ms": ("ms sparse", "{:,.1f}"),
-    "dense_calls": ("dense calls", "{:,}"),
-    "dense_ms": ("ms dense", "{:,.1f}"),
-    "pv_skipped": ("PV skipped", "{:.3f}"),
-    "seconds": ("seconds, whole run", "{:,.1f}"),
-    "speedup": ("speed-up of a call", "{:.2f}×"),
-    "saved_ms": ("ms saved", "{:,.1f}"),
-    "measuring_ms": ("ms spent measuring", "{:,.1f}"),
-}
-
-_ZERO_IS_NOTHING = ("dense_ms", "measuring_ms")  # nothing was timed
+_FORMATS = heat_map.FORMATS | {"share": "{:.3f}", "ms": "{:,.2f}", "times": "{:.2f}×"}
+_TILE_FORMATS = _FORMATS | {"ms": "{:,.1f}"}
 
 
 def _totals(totals: dict) -> str:
+    """A tile for every statistic but those that were not measured; a time of 0 is that of nothing."""
     tiles = [
-        f'<div id="{name}"><b>{_number(totals[name], shown)}</b><span>{label}</span></div>'
-        for name, (label, shown) in _TOTALS.items()
-        if totals.get(name) is not None and (totals[name] or name not in _ZERO_IS_NOTHING)
+        f'<div id="{row.name}"><b>{_number(totals[row.name], _TILE_FORMATS[row.unit])}</b><span>{escape(row.label)}</span></div>'
+        for row in statistics.of_run(On.REPORT)
+        if totals[row.name] or (totals[row.name] == 0 and row.unit not in ("ms", "s"))
     ]
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
@@ -148,49 +130,49 @@ def _reasons(reasons: dict) -> str:
     most = max(reasons.values(), default=0)
     rows = "".join(
         f'<tr><td class="n">{_number(count)}</td><td class="bar"><i style="width:{100 * count / most:.1f}%"></i></td><td>{escape(reason)}</td></tr>'
-        for reason, count in draw.ranked(reasons)
+        for reason, count in heat_map.ranked(reasons)
     )
     return f'<div><h3>Dense calls by reason</h3><table class="reasons">{rows}</table></div>' if rows else "<div><p>No call ran dense.</p></div>"
 
 
 def _settings(settings: dict) -> str:
-    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(draw.setting(value)) or '–'}</td></tr>" for name, value in settings.items())
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(heat_map.setting(value)) or '–'}</td></tr>" for name, value in settings.items())
     return f'<div><h3>Settings</h3><table class="settings">{rows}</table></div>' if rows else ""
 
 
-def _map(run: dict, steps: list[dict]) -> str:
+def _map(run: dict) -> str:
     """The strip of steps over the map of steps and layers, as one inline SVG."""
-    cells = draw.grid(run)
+    cells = heat_map.grid(run)
     layers, count = cells.density.shape
     wide, tall = _PLOT / count, min(28.0, max(520 / layers, 14.0 if layers <= 40 else 0))
     strip, top, gap = 48, 62, 1 if min(_PLOT / count, tall) >= 8 else 0
     bottom = top + tall * layers
-    drawn = [_strip(steps, wide, strip, gap)]
-    colours = np.concatenate([draw.palette(cells.density), np.where(np.isnan(cells.density), 0, 255)[..., None]], axis=-1).astype(np.uint8)
+    colours = np.concatenate([canvas.palette(cells.density), np.where(np.isnan(cells.density), 0, 255)[..., None]], axis=-1).astype(np.uint8)
     box = f'x="0" y="{top}" width="{_PLOT}" height="{bottom - top:.1f}"'
-    drawn.append(f'<rect class="empty" {box}/>')
-    drawn.append(f'<image {box} preserveAspectRatio="none" style="image-rendering:pixelated" href="{data_uri(Image.fromarray(colours))}"/>')
-    drawn.append(f'<path class="hatch" d="{_dense_path(cells.dense, wide, tall, top)}"/>')
     corner = min(wide, tall) * 0.6
     corners = (f"M{(x + 1) * wide:.1f} {top + (y + 1) * tall:.1f}v{-corner:.1f}l{-corner:.1f} {corner:.1f}z" for y, x in np.argwhere(cells.mixed))
-    drawn.append(f'<path class="hatch" d="{"".join(corners)}"/>')
+    drawn = [
+        _strip(run["step_totals"], wide, strip, gap),
+        f'<rect class="empty" {box}/>',
+        f'<image {box} preserveAspectRatio="none" style="image-rendering:pixelated" href="{data_uri(Image.fromarray(colours))}"/>',
+        f'<path class="hatch" d="{_dense_path(cells.dense, wide, tall, top)}"/><path class="hatch" d="{"".join(corners)}"/>',
+    ]
     if gap:
         rules = [f"M{x * wide:.1f} {top}V{bottom:.1f}" for x in range(1, count)] + [f"M0 {top + y * tall:.1f}H{_PLOT}" for y in range(1, layers)]
         drawn.append(f'<path class="rules" d="{"".join(rules)}"/>')
-    for index, number in draw.ticks(count, 1, wide, 34):
+    for index, number in canvas.ticks(count, 1, wide, 34):
         drawn.append(f'<text x="{(index + 0.5) * wide:.1f}" y="{bottom + 18:.1f}" text-anchor="middle">{number}</text>')
-    for index, number in draw.ticks(layers, 0, tall, 16):
+    for index, number in canvas.ticks(layers, 0, tall, 16):
         drawn.append(f'<text x="-8" y="{top + (index + 0.5) * tall + 4.5:.1f}" text-anchor="end">{number}</text>')
-    middle = (top + bottom) / 2
     drawn += [
         f'<text x="-8" y="{strip / 2 + 4}" text-anchor="end">mean</text><text x="{_PLOT / 2}" y="{bottom + 38:.1f}" text-anchor="middle">step</text>',
-        f'<text transform="translate(-38 {middle:.1f}) rotate(-90)" text-anchor="middle">layer</text>',
+        f'<text transform="translate(-38 {(top + bottom) / 2:.1f}) rotate(-90)" text-anchor="middle">layer</text>',
     ]
     view = f"{-_LEFT} 0 {_PLOT + _LEFT} {bottom + 46:.1f}"
     swatches = [("hatched", "dense"), *([("half", "partly dense")] if cells.mixed.any() else []), ("empty", "no call")]
     legend = "".join(f'<span><i class="{name}"></i>{label}</span>' for name, label in swatches)
     return (
-        f'<figure><figcaption><span>{draw.LEGEND} <b>0</b><i class="scale"></i><b>1</b></span>{legend}</figcaption>'
+        f'<figure><figcaption><span>{canvas.LEGEND} <b>0</b><i class="scale"></i><b>1</b></span>{legend}</figcaption>'
         f'<svg class="map" viewBox="{view}" role="img" aria-label="density by step and layer">{"".join(drawn)}</svg></figure>'
     )
 
@@ -201,11 +183,11 @@ def _strip(steps: list[dict], wide: float, tall: int, gap: int) -> str:
         density, x = step["density"], step["step"] * wide
         hatched = density is None and step["dense_calls"] > 0
         height = tall if hatched else max(1.5, density * tall) if density is not None else 0
-        told = "dense" if hatched else "no call" if density is None else f"density {density:.3f}"
+        state = "dense" if hatched else "no call" if density is None else f"density {density:.3f}"
         paint = 'class="hatch"' if hatched else f'fill="{_colour(density or 0.0)}"'
         place = f'x="{x:.1f}" width="{max(wide - gap, 0.5):.1f}"'
         bars.append(
-            f'<g><title>step {step["step"] + 1}: {told}</title><rect class="empty" {place} y="0" height="{tall}"/>'
+            f'<g><title>step {step["step"] + 1}: {state}</title><rect class="empty" {place} y="0" height="{tall}"/>'
             f'<rect {paint} {place} y="{tall - height:.1f}" height="{height:.1f}"/></g>'
         )
     return "".join(bars)
@@ -221,46 +203,38 @@ def _dense_path(dense: np.ndarray, wide: float, tall: float, top: float) -> str:
     return "".join(pieces)
 
 
-def _maps(maps: list) -> str:
+def _maps(maps: list[LayerMaps]) -> str:
     if not maps:
         return ""
     rows = []
     for layer in maps:
-        frames = "".join(
-            f'<h4>{label}</h4><div class="row">'
-            + "".join(
-                f'<figure><img src="{data_uri(picture)}" alt="frame {number}"><figcaption>frame {number}</figcaption></figure>'
-                for number, picture in zip(layer.frames, pictures, strict=True)
-            )
-            + "</div>"
-            for label, pictures in (("What each region's queries kept", layer.queries), ("How often each region's keys were kept", layer.keys))
-            if pictures
-        )
-        title = f"Step {layer.step + 1}, layer {layer.layer}: queries down, keys across"
-        blocks = f'<div><h4>{title}</h4><img class="blocks" src="{data_uri(layer.blocks)}" alt="block map"></div>'
+        frames = "".join(f'<h4>{label.capitalize()}</h4><div class="row">{_frames(layer.frames, pictures)}</div>' for label, pictures in layer.rows)
+        blocks = f'<div><h4>{layer.title.capitalize()}</h4><img class="blocks" src="{data_uri(layer.blocks)}" alt="block map"></div>'
         rows.append(f'<div class="layer">{blocks}<div class="frames">{frames}</div></div>' if frames else f'<div class="layer alone">{blocks}</div>')
     return f"<h3>Blocks kept</h3>{''.join(rows)}"
 
 
-_NUMBERS = ("density", "pv_skipped", "sparse_ms", "dense_ms", "sparse_calls", "dense_calls")
-_HEADS = "<th>density</th><th>PV skipped</th><th>ms sparse</th><th>ms dense</th><th>sparse calls</th><th>dense calls</th>"
+def _frames(numbers: list[int], pictures: list[Image.Image]) -> str:
+    figure = '<figure><img src="{}" alt="frame {number}"><figcaption>frame {number}</figcaption></figure>'
+    return "".join(figure.format(data_uri(picture), number=number) for number, picture in zip(numbers, pictures, strict=True))
+
+
+def _heads() -> str:
+    return "".join(f"<th>{escape(row.label)}</th>" for row in statistics.of_calls(On.REPORT))
 
 
 def _numbers(values: dict) -> str:
-    formats = ("{:.3f}", "{:.3f}", "{:,.2f}", "{:,.2f}", "{:,}", "{:,}")
-    return "".join(f'<td class="n">{_number(values[name], shown)}</td>' for name, shown in zip(_NUMBERS, formats, strict=True))
+    return "".join(f'<td class="n">{_number(values[row.name], _FORMATS[row.unit])}</td>' for row in statistics.of_calls(On.REPORT))
 
 
-def _steps_table(run: dict, steps: list[dict]) -> str:
-    sigmas = run["sigmas"]
+def _steps_table(run: dict) -> str:
+    sigmas = dict(enumerate(run["sigmas"]))
     rows = "".join(
-        f'<tr><td class="n">{step["step"] + 1}</td><td class="n">'
-        f"{_number(sigmas[step['step']] if step['step'] < len(sigmas) else None, '{:.3f}')}</td>{_numbers(step)}</tr>"
-        for step in steps[:MAX_ROWS]
+        f'<tr><td class="n">{step["step"] + 1}</td><td class="n">{_number(sigmas.get(step["step"]), "{:.3f}")}</td>{_numbers(step)}</tr>'
+        for step in run["step_totals"][:MAX_ROWS]
     )
-    return (
-        f'<details><summary>Steps</summary><table class="steps"><tr><th>step</th><th>sigma</th>{_HEADS}</tr>{rows}</table></details>' if rows else ""
-    )
+    head = f"<tr><th>step</th><th>sigma</th>{_heads()}</tr>"
+    return f'<details><summary>Steps</summary><table class="steps">{head}{rows}</table></details>' if rows else ""
 
 
 def _cells_table(cells: list[dict], most: int) -> str:
@@ -271,12 +245,12 @@ def _cells_table(cells: list[dict], most: int) -> str:
     )
     left = len(cells) - most
     more = f"<p>{left:,} more rows are in the CSV file.</p>" if left > 0 else ""
-    head = f"<tr><th>step</th><th>layer</th>{_HEADS}<th>dense because</th></tr>"
+    head = f"<tr><th>step</th><th>layer</th>{_heads()}<th>dense because</th></tr>"
     return f'<details><summary>Steps and layers</summary><table class="cells">{head}{rows}</table>{more}</details>' if cells else ""
 
 
 def _colour(density: float) -> str:
-    return "#" + bytes(draw.palette(density).tolist()).hex()
+    return "#" + bytes(canvas.palette(density).tolist()).hex()
 
 
 _PATTERN = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 MAX_PROTECTED = 1024
 """Longer text spans are treated like any other tokens."""
@@ -23,7 +24,7 @@ class ModelCall:
     conds : the model call's other conditions by name; options : transformer_options of the attention call.
     """
 
-    model: object
+    model: Any
     x_shape: tuple[int, ...]
     context_tokens: int
     conds: Mapping
@@ -42,8 +43,25 @@ class Part:
         return self.size if isinstance(self.size, int) else self.size[0] * self.size[1] * self.size[2]
 
 
+class CallShape(NamedTuple):
+    """What the time of dense attention hangs on: q's shape as ComfyUI passes it, the number of heads and of keys, and whether there is a mask."""
+
+    q: tuple[int, ...]
+    heads: int
+    s_k: int
+    masked: bool
+
+
+class Place(NamedTuple):
+    """Where the tokens of a block map lie: the kind of their order, the segments of the sequence, and which of these is the latent's own grid."""
+
+    order_kind: str
+    segments: tuple[Grid | int, ...]
+    grid: int
+
+
 @dataclass(frozen=True)
-class Layout:
+class Spans:
     """The parts of one attention sequence, front to back, lengths all known."""
 
     parts: tuple[Part, ...]
@@ -67,9 +85,14 @@ class Layout:
         return tuple(ranges)
 
     @property
-    def segments(self) -> tuple:
+    def segments(self) -> tuple[Grid | int, ...]:
         """For `order.plan`: protected spans as ints, grids as (T, H, W); a long text is a grid of one line."""
         return tuple((1, 1, p.size) if isinstance(p.size, int) and p.size > MAX_PROTECTED else p.size for p in self.parts)
+
+    def place(self, order_kind: str) -> Place | None:
+        """Of a block map in this order of the tokens; None where the sequence has no grid of the latent."""
+        grid = next((i for i, part in enumerate(self.parts) if part.kind == "grid"), None)
+        return None if grid is None else Place(order_kind, self.segments, grid)
 
 
 @dataclass(frozen=True)
@@ -93,8 +116,12 @@ def _patched(shape: tuple[int, ...], patch) -> Grid:
     return _ceil(t, pt), _ceil(h, ph), _ceil(w, pw)
 
 
-def _grid(call: ModelCall, default=None) -> Part:
-    return Part("grid", _patched(call.x_shape, getattr(call.model, "patch_size", default)))
+def _text(call: ModelCall) -> list[Part]:
+    return [Part("text")]
+
+
+def _grid(call: ModelCall) -> list[Part]:
+    return [Part("grid", _patched(call.x_shape, call.model.patch_size))]
 
 
 def _references(call: ModelCall, name: str = "ref_latents") -> list[Part]:
@@ -105,27 +132,15 @@ def _references(call: ModelCall, name: str = "ref_latents") -> list[Part]:
     return [Part("reference", _patched(tuple(x.shape), call.model.patch_size)) for x in latents]
 
 
-def _text_grid_references(call: ModelCall) -> list[Part]:
-    return [Part("text"), _grid(call), *_references(call)]
-
-
-def _text_references_grid(call: ModelCall) -> list[Part]:
-    return [Part("text"), *_references(call), _grid(call)]
-
-
-def _text_grid(call: ModelCall) -> list[Part]:
-    return [Part("text"), _grid(call)]
-
-
-def _grid_text(call: ModelCall) -> list[Part]:
-    return [_grid(call), Part("text")]
+def _in_order(*parts: Callable[[ModelCall], list[Part]]) -> Callable[[ModelCall], list[Part]]:
+    return lambda call: [part for of in parts for part in of(call)]
 
 
 def _hunyuan_video(call: ModelCall) -> list[Part]:
     """Video first up to ComfyUI 0.12, text first since 0.13; the blocks carry the mark of the old order."""
-    video = [*_references(call, "ref_latent"), _grid(call)]
+    video = _references(call, "ref_latent") + _grid(call)
     old_order = getattr(call.model.double_blocks[0], "flipped_img_txt", False)
-    return [*video, Part("text")] if old_order else [Part("text"), *video]
+    return video + _text(call) if old_order else _text(call) + video
 
 
 def _wan(call: ModelCall) -> list[Part]:
@@ -147,8 +162,8 @@ def _lumina(call: ModelCall) -> list[Part]:
     multiple = getattr(call.model, "pad_tokens_multiple", None)
     tokens = call.conds.get("num_tokens", call.context_tokens)
     if multiple is None or not isinstance(tokens, int):
-        return _text_grid(call)
-    return [Part("text", _ceil(tokens, multiple) * multiple), _grid(call), Part("rest")]
+        return _text(call) + _grid(call)
+    return [Part("text", _ceil(tokens, multiple) * multiple), *_grid(call), Part("rest")]
 
 
 def _ltxv(call: ModelCall) -> list[Part]:
@@ -173,23 +188,23 @@ def _unet(call: ModelCall) -> list[Part]:
 
 
 FAMILIES: dict[str, Family] = {
-    "Flux": Family("Flux", _text_grid_references),
-    "Chroma": Family("Chroma", _text_grid_references),
-    "AsymmDiTJoint": Family("Mochi", _grid_text),
+    "Flux": Family("Flux", _in_order(_text, _grid, _references)),
+    "Chroma": Family("Chroma", _in_order(_text, _grid, _references)),
+    "AsymmDiTJoint": Family("Mochi", _in_order(_grid, _text)),
     "HunyuanVideo": Family("HunyuanVideo", _hunyuan_video),
     "WanModel": Family("Wan", _wan),
     "LTXVModel": Family("LTXV", _ltxv),
-    "OpenAISignatureMMDITWrapper": Family("SD3", _text_grid),
+    "OpenAISignatureMMDITWrapper": Family("SD3", _in_order(_text, _grid)),
     "UNetModel": Family("Stable Diffusion UNet", _unet),
-    "QwenImageTransformer2DModel": Family("Qwen-Image", _text_grid_references),
+    "QwenImageTransformer2DModel": Family("Qwen-Image", _in_order(_text, _grid, _references)),
     "NextDiT": Family("Lumina2 / Z-Image", _lumina),
     "MiniTrainDIT": Family("Cosmos Predict2", _cosmos),
     "GeneralDIT": Family("Cosmos", _cosmos),
-    "HiDreamImageTransformer2DModel": Family("HiDream", _grid_text),
-    "MMDiT": Family("AuraFlow", _text_grid),
-    "OmniGen2Transformer2DModel": Family("OmniGen2", _text_references_grid),
+    "HiDreamImageTransformer2DModel": Family("HiDream", _in_order(_grid, _text)),
+    "MMDiT": Family("AuraFlow", _in_order(_text, _grid)),
+    "OmniGen2Transformer2DModel": Family("OmniGen2", _in_order(_text, _references, _grid)),
     "CogVideoXTransformer3DModel": Family("CogVideoX", _cogvideo),
-    "Kandinsky5": Family("Kandinsky5", _grid_text),
+    "Kandinsky5": Family("Kandinsky5", _in_order(_grid, _text)),
     "PixArtMS": Family("PixArt", None),
     "HunYuanDiT": Family("HunyuanDiT", None),
     "HunYuanDiTPlain": Family("Hunyuan3D 2.1", None),
@@ -200,13 +215,10 @@ FAMILIES: dict[str, Family] = {
 def family_of(model: object) -> Family | None:
     """The row of a diffusion model (compiled ones too), or None for a family that is not in the table."""
     model = getattr(model, "_orig_mod", model)
-    for cls in type(model).__mro__:
-        if cls.__name__ in FAMILIES:
-            return FAMILIES[cls.__name__]
-    return None
+    return next((FAMILIES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in FAMILIES), None)
 
 
-def layout(family: Family | None, call: ModelCall, tokens: int) -> Layout | None:
+def spans(family: Family | None, call: ModelCall, tokens: int) -> Spans | None:
     """The parts of a self-attention sequence of `tokens`, or None when they do not add up (a family or a use that is not known)."""
     if family is None or family.parts is None:
         return None
@@ -214,11 +226,11 @@ def layout(family: Family | None, call: ModelCall, tokens: int) -> Layout | None
     left = tokens - sum(p.length for p in parts if p.size is not None)
     if left < 0 or (left > 0 and all(p.size is not None for p in parts)):
         return None
-    return Layout(tuple(p if p.size is not None else Part(p.kind, left) for p in parts if p.size is not None or left > 0))
+    return Spans(tuple(p if p.size is not None else Part(p.kind, left) for p in parts if p.size is not None or left > 0))
 
 
 def grid_tokens(family: Family | None, call: ModelCall) -> int | None:
-    """Tokens of the latent's own grid: a self-attention call shorter than this is not one of the model's blocks. None: not known."""
+    """Tokens of the latent's own grid: a self-attention call shorter than this is not one of the model's layers. None: not known."""
     if family is None or family.parts is None:
         return None
     return sum(p.length for p in family.parts(call) if p.kind == "grid")

@@ -1,4 +1,4 @@
-"""The node SpargeMonitor: names itself on the model, so that every run of it tells the browser what happens, step by step."""
+"""The node SpargeMonitor: names itself on the model, so that every run of it sends the browser what happens, step by step."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from .patch import patches_of
 from .telemetry import runs
 
 WRAPPER_KEY = "sparge_monitor"
+MEASURE_TOOLTIP = "Also runs one call of each size densely in every run, to measure the speed-up. The time that takes is shown."
 
 
 class Watch:
-    """One SpargeMonitor on one model; shared by all clones of that model. Runs tell of themselves: this says only that there will be none."""
+    """One SpargeMonitor on one model; shared by all clones of that model.
+
+    Messages come from the runs that Sparge Attention opens (`Patch.outer_sample`). On a model without that node none is opened, and the panel would
+    wait for ever: the first monitor then sends one message that says so.
+    """
 
     def __init__(self, node: str):
         self.node = node
@@ -21,7 +26,7 @@ class Watch:
         patcher = executor.class_obj.model_patcher
         monitors = _comfy.monitors_of(patcher)
         if self.node == next(iter(monitors), None) and not patches_of(patcher):
-            run = runs.open_unpatched(node=self.node, owner=self.node, facts={}, sigmas=sigmas.tolist(), monitors=monitors)
+            run = runs.open_unpatched(node=self.node, owner=self.node, metadata={}, sigmas=sigmas.tolist(), monitors=monitors)
             run.warning, run.state = reasons.NO_NODE, "done"
             transport.publish(run)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -40,15 +45,13 @@ class SpargeMonitor(io.ComfyNode):
             "anywhere between the loader and the sampler; it changes no picture.",
             inputs=[
                 io.Model.Input("model", tooltip="The model from Sparge Attention, or on its way there."),
-                io.Boolean.Input(
-                    "measure_dense",
-                    default=True,
-                    tooltip="Also runs one call of each size densely in every run, to measure the speed-up. The time that takes is shown.",
-                ),
+                io.Boolean.Input("measure_dense", default=True, tooltip=MEASURE_TOOLTIP),
             ],
             outputs=[io.Model.Output(display_name="model")],
             hidden=[io.Hidden.unique_id],
-            not_idempotent=True,  # else the cache hands a node's model, which names that node, to another with the same inputs
+            # ComfyUI's cache gives two nodes of one class and equal inputs the same output. Here that output names the node that made it: the second
+            # monitor would get a model that names the first, and never a message of its own.
+            not_idempotent=True,
         )
 
     @classmethod
@@ -62,7 +65,7 @@ class SpargeMonitor(io.ComfyNode):
 
 
 def watched(model, node: str, measures: bool = True):
-    """A clone of `model` (a ModelPatcher) whose runs tell the monitor `node`."""
+    """A clone of `model` (a ModelPatcher) whose runs send their messages to the monitor `node`."""
     clone = model.clone()
     _comfy.add_monitor(clone, node, measures)
     _comfy.add_wrapper(clone, _comfy.WRAPPERS.OUTER_SAMPLE, WRAPPER_KEY, Watch(node).outer_sample)

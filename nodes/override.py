@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import _comfy, _kernels, geometry, reasons
-from .run_state import CallContext, Patch, layer_listed
-from .telemetry import Pooled, Run, Timer
+from .maps import Pooled
+from .recorder import Run, Timed, Timer
+from .run_state import CallContext
+from .settings import Rule, Settings, layer_listed
 
 SHORT_TEXT = 1024
 TILES_BELOW = 0.15  # density up to which compact blocks beat row-major ones on trained attention
+_numbers = itertools.count(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +37,12 @@ class Request:
     full_precision: bool
 
     @classmethod
-    def bind(cls, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, *, transformer_options=None,
-             scale=None, low_precision_attention=True, **_) -> Request:  # fmt: skip
-        options = transformer_options if isinstance(transformer_options, dict) else {}
-        return cls(q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, options, scale, low_precision_attention is False)
+    def bind(cls, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **others) -> Request:
+        """From the arguments of ComfyUI's attention functions; newer versions add more, by name."""
+        options = others.get("transformer_options")
+        options = options if isinstance(options, dict) else {}
+        full_precision = others.get("low_precision_attention", True) is False
+        return cls(q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, options, others.get("scale"), full_precision)
 
     @property
     def head_dim(self) -> int:
@@ -49,12 +56,18 @@ class Request:
     def s_k(self) -> int:
         return self.k.shape[2 if self.skip_reshape else 1]
 
-    def views(self) -> tuple[Tensor, Tensor, Tensor, str]:
-        """q, k, v with a head dimension and their layout; no copies but where the last dimension is not contiguous."""
+    @property
+    def shape(self) -> geometry.CallShape:
+        return geometry.CallShape(tuple(self.q.shape), self.heads, self.s_k, self.mask is not None)
+
+    @property
+    def layout(self) -> str:
+        return "HND" if self.skip_reshape else "NHD"
+
+    def views(self) -> list[Tensor]:
+        """q, k, v with a head dimension, in the request's layout; no copies but where the last dimension is not contiguous."""
         tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in (self.q, self.k, self.v)]
-        if self.skip_reshape:
-            return (*tensors, "HND")
-        return (*(x if x.dim() == 4 else x.unflatten(-1, (-1, self.head_dim)) for x in tensors), "NHD")
+        return [x if x.dim() == 4 else x.unflatten(-1, (-1, self.head_dim)) for x in tensors]
 
     def shaped(self, out: Tensor) -> Tensor:
         """The kernels' output as ComfyUI wants it: (B, S, H * D), or (B, H, S, D) when `skip_output_reshape`."""
@@ -64,10 +77,13 @@ class Request:
 
 
 class AttentionOverride:
-    """What ComfyUI calls for every attention call of a patched model. It has no `container_function`, so it always gets plain tensors."""
+    """What ComfyUI calls for every attention call of a patched model. It has no `container_function`, so it always gets plain tensors.
 
-    def __init__(self, patch: Patch, previous):
-        self.patch = patch
+    key : the entry of transformer_options with the `CallContext` of the model call. previous : the override that was on top before, or None.
+    """
+
+    def __init__(self, previous):
+        self.key = f"sparge_{next(_numbers)}"
         self.previous = previous
 
     def __deepcopy__(self, memo):
@@ -77,7 +93,7 @@ class AttentionOverride:
     @torch.compiler.disable
     def __call__(self, func, *args, **kwargs):
         request = Request.bind(*args, **kwargs)
-        call = request.options.get(self.patch.key)
+        call = request.options.get(self.key)
         if call is None:  # no model call of a sampler run: nothing is known, nothing is counted
             return (self.previous or _plain)(func, *args, **kwargs)
         if call.depth:  # an override below ours called us again: this call is decided already
@@ -87,29 +103,19 @@ class AttentionOverride:
         if isinstance(decision, Dense):
             timer = None if decision.layer is None else Timer(request.q.device)
             out = self._earlier(call, func, args, kwargs)
-            run.dense(
-                call.run.step,
-                decision.layer,
-                request.s_q,
-                decision.reason,
-                None if timer is None else timer.stop(),
-                plain=call.adopted is self.previous is None,
-            )
+            timed = Timed(call.run.step, decision.layer, request.s_q, None if timer is None else timer.stop())
+            run.dense(timed, decision.reason, plain=call.adopted is self.previous is None)
             return out
-        q, k, v, layout = request.views()
+        q, k, v = request.views()
+        how = {"layout": request.layout, "scale": request.scale, "backend": call.run.settings.backend, "return_info": True}
         timer = Timer(q.device)
-        out, info = _kernels.attend(
-            q, k, v, decision.density, layout=layout, scale=request.scale, key_mask=decision.key_mask, protected=decision.protected,
-            plan=decision.plan, backend=call.run.settings.backend,
-        )  # fmt: skip
+        out, info = _kernels.attend(q, k, v, **decision.arguments(), **how)
         timer.stop()
-        shape = pooled = None
-        if run.monitors:
-            shape = (*request.q.shape, request.heads, request.s_k, request.mask is not None)
-            pooled = _picture(run, info, decision)
-        run.sparse(call.run.step, decision.layer, request.s_q, info.density, info.pv_skipped, timer, shape=shape, pooled=pooled)
+        shape, pooled = (request.shape, _pooled(run, info, decision)) if run.monitors else (None, None)
+        timed = Timed(call.run.step, decision.layer, request.s_q, timer, shape)
+        run.sparse(timed, {"density": info.density, "pv_skipped": info.pv_skipped}, pooled)
         if shape is not None and run.wants_dense(shape):
-            _time_dense(run, call.run.step, decision.layer, request, shape, func, args, kwargs)
+            _time_dense(run, timed, request, lambda: func(*args, **kwargs))
         return request.shaped(out)
 
     def _earlier(self, call: CallContext, func, args, kwargs):
@@ -127,8 +133,8 @@ def _plain(func, *args, **kwargs):
     return func(*args, **kwargs)
 
 
-def _picture(run: Run, info: _kernels.AttentionInfo, decision: Sparse) -> Pooled | None:
-    """The call's block map for the monitor, or None where there is no room for it: sampling goes on without."""
+def _pooled(run: Run, info: _kernels.AttentionInfo, decision: Sparse) -> Pooled | None:
+    """The call's pooled map for the monitor, or None where there is no room for it: sampling goes on without."""
     try:
         return Pooled(info.pooled(), info.kept.counts.shape[-1], info.kept.key_blocks, decision.place)
     except RuntimeError as error:
@@ -143,14 +149,14 @@ def _check_device(x: Tensor) -> None:
         torch.cuda.synchronize(x.device)
 
 
-def _time_dense(run: Run, step: int, layer: int, request: Request, shape: tuple, func, args, kwargs) -> None:
+def _time_dense(run: Run, call: Timed, request: Request, attention: Callable[[], object]) -> None:
     """Runs ComfyUI's own attention for its time alone. Other nodes' overrides are left out: they may count their calls."""
     cost = Timer(request.q.device)
     try:
         if request.q.is_cuda:  # a GPU loads a kernel with its first call: for short sequences that takes longer than the call
-            func(*args, **kwargs)
+            attention()
         timer = Timer(request.q.device)
-        func(*args, **kwargs)
+        attention()
         timer.stop()
     except _comfy.Interrupted:
         raise
@@ -159,7 +165,7 @@ def _time_dense(run: Run, step: int, layer: int, request: Request, shape: tuple,
         run.measures = False
         run.note = reasons.NOT_TIMED.format(error=type(error).__name__)
         return
-    run.measured(step, layer, request.s_q, shape, timer, cost.stop())
+    run.measured(replace(call, timer=timer), cost.stop())
 
 
 @dataclass(frozen=True)
@@ -172,14 +178,18 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
-    """The call runs sparse; `place` says where its blocks lie in the picture (see `telemetry.Pooled`)."""
+    """The call runs sparse. key_mask: (B, S_k) or None; protected: token ranges that are never skipped; place: where its block map lies."""
 
     layer: int
-    density: _kernels.Density
+    rule: Rule
     key_mask: Tensor | None
-    protected: tuple[tuple[int, int], ...]
-    plan: object | None
-    place: tuple | None = None
+    protected: Sequence[tuple[int, int]] = ()
+    order: _kernels.OrderPlan | None = None
+    place: geometry.Place | None = None
+
+    def arguments(self) -> dict:
+        """What `sparse_attention` is told of the decision."""
+        return {**vars(self.rule), "key_mask": self.key_mask, "always_keep": list(self.protected), "order": self.order}
 
 
 def decide(request: Request, call: CallContext) -> Dense | Sparse:
@@ -188,12 +198,12 @@ def decide(request: Request, call: CallContext) -> Dense | Sparse:
     if request.s_q != request.s_k and request.s_k <= SHORT_TEXT:
         return Dense(None, reasons.CROSS_ATTENTION.format(keys=request.s_k))
     layer = call.next_layer(tokens, request.options)
-    no = _unfit(request, run.patch)
+    no = _unfit(request, settings)
     if no is not None:
         return Dense(layer, no)
-    if not run.in_window():
+    if not run.window.holds(run.sigma):
         return Dense(layer, reasons.WINDOW)
-    listed = False if layer is None else layer_listed(layer, settings.dense_blocks, run.patch.total_layers)
+    listed = False if layer is None else layer_listed(layer, run.dense_layers, run.patch.total_layers)
     if listed is not False:
         return Dense(layer, reasons.DENSE_BLOCK if listed else reasons.COUNTING_BLOCKS)
     shortest = min(request.s_q, request.s_k)
@@ -206,19 +216,35 @@ def decide(request: Request, call: CallContext) -> Dense | Sparse:
     key_mask, no = key_mask_of(request.mask, request.q.shape[0], request.s_k)
     if no is not None:
         return Dense(layer, no)
-    density = settings.density(run, layer)
-    if density is None:
+    rule = settings.rule(run, layer)
+    if rule is None:
         return Dense(layer, reasons.POLICY_DENSE)
-    return _placed(request, call, layer, density, key_mask)
+    if request.s_q != request.s_k:
+        return Sparse(layer, rule, key_mask)
+    spans = call.spans(tokens, request.options)
+    if spans is None:
+        return Sparse(layer, rule, key_mask, geometry.fallback_protected(tokens, call.model_call.context_tokens))
+    protected = spans.protected + (spans.references if settings.protect_references else ())
+    kind = order_kind(settings.token_order, rule)
+    order = None if kind == "row_major" else _kernels.order_plan(kind, spans.segments)
+    return Sparse(layer, rule, key_mask, protected, order, spans.place(kind))
 
 
-def _unfit(request: Request, patch: Patch) -> str | None:
+def order_kind(wanted: str, rule: Rule) -> str:
+    """The token order of a call; "auto" takes tiles where few blocks are kept, if topk alone decides how many."""
+    if wanted != "auto":
+        return wanted
+    share = rule.topk if isinstance(rule.topk, float) else 1.0
+    return "tiles" if share <= TILES_BELOW and rule.cdfthreshd is None else "row_major"
+
+
+def _unfit(request: Request, settings: Settings) -> str | None:
     """Why the tensors themselves rule the kernels out."""
-    backend, why = _kernels.backend_for(request.q.device, patch.settings.backend, request.head_dim, request.q.dtype, request.mask is not None)
-    if backend is None:
-        return reasons.NO_BACKEND.format(why=why)
+    choice = _kernels.backend_for(request.q.device, settings.backend, request.head_dim, request.q.dtype, request.mask is not None)
+    if choice.backend is None:
+        return reasons.NO_BACKEND.format(why=choice.why_not)
     wants_fp32 = request.attn_precision == torch.float32 and request.q.dtype != torch.float32
-    if (request.full_precision or wants_fp32) and _kernels.backend_facts(backend).quantised:
+    if (request.full_precision or wants_fp32) and choice.quantised:
         return reasons.OPTED_OUT
     dtypes = {request.q.dtype, request.k.dtype, request.v.dtype}
     if len(dtypes) > 1 or request.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -247,23 +273,3 @@ def key_mask_of(mask: Tensor | None, batch: int, s_k: int) -> tuple[Tensor | Non
     if full.shape[0] not in (1, batch):
         return None, reasons.MASK_SHAPE.format(shape=f"{list(shape)} for a batch of {batch}")
     return full[:, 0, 0].expand(batch, s_k), None
-
-
-def _placed(request: Request, call: CallContext, layer: int, density: _kernels.Density, key_mask: Tensor | None) -> Sparse:
-    """Adds what the geometry of the sequence says: protected spans and the token order."""
-    settings = call.run.settings
-    layout = call.layout(request.s_q, request.options) if request.s_q == request.s_k else None
-    if layout is None:
-        protected = geometry.fallback_protected(request.s_q, call.model_call.context_tokens) if request.s_q == request.s_k else ()
-        return Sparse(layer, density, key_mask, protected, None)
-    protected = layout.protected + (layout.references if settings.protect_references else ())
-    kind = settings.token_order
-    if kind == "auto":
-        share = density.topk if isinstance(density.topk, float) else 1.0
-        kind = "tiles" if share <= TILES_BELOW and density.cdfthreshd is None else "row_major"
-    plan = None if kind == "row_major" else _kernels.order_plan(kind, layout.segments)
-    if settings.block_mask is not None:
-        density = settings.masked(density, plan or _kernels.order_plan("row_major", layout.segments))
-    grid = next((i for i, part in enumerate(layout.parts) if part.kind == "grid"), None)
-    place = None if grid is None else (kind, layout.segments, grid)
-    return Sparse(layer, density, key_mask, protected, plan, place)

@@ -17,15 +17,26 @@ import torch.nn.functional as F
 MODULES = (
     "_comfy",
     "_kernels",
-    "animation",
-    "draw",
+    "chain",
+    "export",
     "geometry",
+    "maps",
     "monitor",
     "override",
     "patch",
+    "pictures.animation",
+    "pictures.block_maps",
+    "pictures.canvas",
+    "pictures.heat_map",
+    "presets",
     "reasons",
+    "recorder",
+    "remarks",
     "report",
     "run_state",
+    "schedule",
+    "settings",
+    "statistics",
     "telemetry",
     "transport",
 )
@@ -37,7 +48,7 @@ SMALL = {"wan_t2v": (1, 16, 1, 32, 32), "qwen_image": (1, 16, 1, 32, 32), "hunyu
 def node_modules(pack):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny calls: on two busy cores a second thread makes these tests three times slower
-    yield SimpleNamespace(**{name: importlib.import_module(f"{pack.__name__}.nodes.{name}") for name in MODULES})
+    yield SimpleNamespace(**{name.rpartition(".")[2]: importlib.import_module(f"{pack.__name__}.nodes.{name}") for name in MODULES})
     torch.set_num_threads(threads)
 
 
@@ -72,7 +83,7 @@ def patched(nodes):
     """`patched(model, **settings)`: a clone of a model (TinyModel or ModelPatcher) with SpargeAttention on it; short sequences count."""
 
     def install(model, **settings):
-        settings = nodes.patch.Settings(**{"min_tokens": 0, "topk": 0.3, **settings})
+        settings = nodes.settings.Settings(**{"min_tokens": 0, "topk": 0.3, **settings})
         return nodes.patch.install(getattr(model, "patcher", model), settings)
 
     return install
@@ -165,7 +176,7 @@ class Direct:
         source = model.patcher.clone()
         if previous is not None:
             source.model_options["transformer_options"][KEY] = previous
-        self.patcher = nodes.patch.install(source, nodes.patch.Settings(**{"min_tokens": 0, "topk": 0.3, **settings}))
+        self.patcher = nodes.patch.install(source, nodes.settings.Settings(**{"min_tokens": 0, "topk": 0.3, **settings}))
         (self.patch,) = nodes.patch.patches_of(self.patcher)
         self.state = nodes.run_state.RunState(self.patch, self.patcher, [1.0, 0.5, 0.0])
         self.state.family = None

@@ -208,9 +208,9 @@ def test_the_callbacks_and_wrappers_that_the_pack_uses_exist(nodes):
 
 @pytest.mark.parametrize("known", [True, False], ids=["since 0.10", "before"])
 def test_rarely_changed_inputs_are_marked_where_the_schema_knows_the_mark(nodes, known):
-    inputs = [SimpleNamespace(id=name, **({"advanced": None} if known else {})) for name in ("topk", "backend")]
-    assert nodes._comfy.mark_advanced(inputs, ("backend",)) is inputs
-    assert [vars(one).get("advanced", "absent") for one in inputs] == ([None, True] if known else ["absent", "absent"])
+    widget = SimpleNamespace(id="backend", **({"advanced": None} if known else {}))
+    assert nodes._comfy.mark_advanced(widget) is widget
+    assert vars(widget).get("advanced", "absent") == (True if known else "absent")
 
 
 def test_marked_inputs_of_sparge_attention(nodes):
@@ -218,4 +218,6 @@ def test_marked_inputs_of_sparge_attention(nodes):
     given = nodes.patch.SpargeAttention.INPUT_TYPES()
     marked = [name for group in ("required", "optional") for name, (_, options) in given[group].items() if options.get("advanced")]
     known = hasattr(nodes._comfy.io.Int.Input("n"), "advanced")
-    assert marked == (list(nodes.patch.RARELY_CHANGED) if known else [])
+    experts = ["simthreshd1", "cdfthreshd", "token_order", "compensate", "protect_references", "backend"]
+    assert marked == (experts if known else [])
+    assert [name for name, row in nodes.settings.INPUTS.items() if row.advanced] == experts  # topk and pvthreshd are sliders in plain sight

@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+MODULES = ("pictures.canvas", "pictures.heat_map", "pictures.block_maps", "export", "maps", "recorder")
 HOSTILE = """</style></script><script>alert(1)</script>&<img src=http://x.y/z onerror=1>'"\u4e2d"""
 
 
 @pytest.fixture(scope="module")
 def modules(pack):
-    return SimpleNamespace(
-        **{name: importlib.import_module(f"{pack.__name__}.nodes.{name}") for name in ("draw", "draw_maps", "export", "telemetry")}
-    )
+    return SimpleNamespace(**{name.rpartition(".")[2]: importlib.import_module(f"{pack.__name__}.nodes.{name}") for name in MODULES})
 
 
 def make_run(steps: int = 3, layers: int = 4, heads: int = 2, number: int = 7, **changes) -> dict:
@@ -38,7 +37,13 @@ def make_run(steps: int = 3, layers: int = 4, heads: int = 2, number: int = 7, *
     ]  # fmt: skip
     totals = {"sparse_calls": 16, "dense_calls": 5, "density": 1 / 3, "pv_skipped": 0.0, "sparse_ms": 8.8 / 3, "dense_ms": 22 / 3, "seconds": 1.5,
               "speedup": None, "saved_ms": -2 / 3, "measuring_ms": 0.0}  # fmt: skip
-    run = {"version": 1, "run": number, "node": "5", "model": "WanModel", "family": "Wan", "backend": "torch", "device": "cpu", "steps": steps,
+    steps_of = [
+        {"step": s, "sparse_calls": 0 if s == 0 else 2 * layers, "dense_calls": layers if s == 0 else 1, "density": None if s == 0 else s / 11,
+         "pv_skipped": None if s == 0 else s / 13, "sparse_ms": s / 17, "dense_ms": s / 19, "reasons": {}}
+        for s in range(steps)
+    ]  # fmt: skip
+    run = {"version": 1, "step_totals": steps_of,
+           "run": number, "node": "5", "model": "WanModel", "family": "Wan", "backend": "torch", "device": "cpu", "steps": steps,
            "settings": {"topk": 0.3, "dense_blocks": "", "compensate": False}, "layers": layers, "heads": heads, "tokens": 8192,
            "sigmas": [1 - s / steps for s in range(steps + 1)], "cells": cells, "reasons": {"outside": layers, "short": 1}, "note": None,
            "totals": totals}  # fmt: skip
@@ -113,14 +118,14 @@ def test_the_same_numbers_everywhere(modules):
         assert (shown[8] or "") == row["reasons"]
     assert page.tiles == {name: value for name, value in run["totals"].items() if value is not None and name != "measuring_ms"}
     assert run["totals"]["measuring_ms"] == 0.0  # nothing was measured, so nothing is said
-    for step, shown in zip(modules.draw.step_totals(run), page.tables["steps"][1:], strict=True):
+    for step, shown in zip(run["step_totals"], page.tables["steps"][1:], strict=True):
         assert shown[1:] == [run["sigmas"][step["step"]], *(step[name] for name in NUMBERS)]
     assert {row[2]: row[0] for row in page.tables["reasons"]} == run["reasons"]
 
 
 def test_png_carries_the_numbers(modules):
     runs = [make_run(), make_run(number=8, layers=9)]
-    pictures = [modules.draw.heat_map(run) for run in runs]
+    pictures = [modules.heat_map.heat_map(run) for run in runs]
     with Image.open(io.BytesIO(modules.export.to_png(pictures, runs))) as file:
         assert json.loads(file.text["sparge"]) == {"version": 1, "runs": runs}
         assert file.size == (1280, sum(p.height for p in pictures))
@@ -138,7 +143,7 @@ def test_png_of_long_runs_leaves_out_heads(modules, monkeypatch):
 
 def test_page_needs_nothing_else(modules):
     shares = np.arange(64, dtype=np.uint8).reshape(4, 4, 4)
-    maps = [modules.draw_maps.maps(1, i, shares[0], (shares, shares)) for i in range(2)]
+    maps = [modules.block_maps.layer_maps(1, i, shares[0], modules.maps.Frames(shares, shares)) for i in range(2)]
     text, page = html(modules, [make_run()], [maps])
     assert text.startswith("<!doctype html>") and page.open == []
     assert not {"script", "link", "iframe", "object", "embed", "form", "base", "a"} & {tag for tag, _ in page.elements}
@@ -177,14 +182,14 @@ def test_map_on_the_page_is_the_map(modules):
         for cell in run["cells"]:
             *colour, alpha = picture.getpixel((cell["step"], cell["layer"]))
             assert alpha == (0 if cell["density"] is None else 255)
-            assert cell["density"] is None or colour == modules.draw.palette(cell["density"]).tolist()
+            assert cell["density"] is None or colour == modules.canvas.palette(cell["density"]).tolist()
     hatched = [attributes["d"] for tag, attributes in page.elements if tag == "path" and attributes["class"] == "hatch"]
     assert hatched[0].count("M") == 4 and hatched[1].count("M") == 1  # step 0 in each layer; the cell that is partly dense
     assert "".join(page.text).count("density 0.") == 2 and "step 1: dense" in page.text  # the strip
 
 
 def test_a_run_without_cells_has_a_page(modules):
-    empty = modules.telemetry.Run(0, node="", owner="", facts={}, sigmas=[]).to_dict() | {"note": "why not"}
+    empty = modules.recorder.Run(0, node="", owner="", metadata={}, sigmas=[]).to_dict() | {"note": "why not"}
     text, page = html(modules, [empty])
     assert "why not" in page.text and not page.tables and "<image" not in text
     assert csv_rows(modules, [empty]) == []
@@ -201,4 +206,4 @@ def test_files_of_long_runs_are_bounded(modules):
     assert text.count("3,000 more rows are in the CSV file.") == 6
     assert len(text) < 8 << 20
     assert len(modules.export.to_csv([run])) < 1 << 20 and len(modules.export.to_json([run])) < 3 << 20
-    assert len(modules.export.to_png([modules.draw.heat_map(run)], [run] * 8)) < modules.export.MAX_PNG_TEXT + (1 << 20)
+    assert len(modules.export.to_png([modules.heat_map.heat_map(run)], [run] * 8)) < modules.export.MAX_PNG_TEXT + (1 << 20)

@@ -55,9 +55,9 @@ class Case:
     exact_run: dict
     run: dict
     model_calls: int
-    # Of each main call in one step: dense output and the output of each variant, as (B, S, H * D); and the layout that geometry found.
+    # Of each main call in one step: dense output and the output of each variant, as (B, S, H * D); and the spans that geometry found.
     outputs: list[dict] = field(default_factory=list)
-    layouts: list = field(default_factory=list)
+    spans: list = field(default_factory=list)
 
 
 def spy_on(patcher, patches, reference, keep, length):
@@ -77,7 +77,7 @@ def spy_on(patcher, patches, reference, keep, length):
             outputs[name] = rows(patch.override(func, *args, **kwargs))
         first = next(iter(patches.values()))
         options = kwargs["transformer_options"]
-        keep(outputs, options[first.key].layout(given["q"].shape[axis], options), options)
+        keep(outputs, options[first.key].spans(given["q"].shape[axis], options), options)
         return func(*args, **kwargs)
 
     def put_on_top(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
@@ -109,7 +109,7 @@ def case(comfy, node_modules, reference, request):
     assert model.intercepted == (name in INTERCEPTED)
 
     def sampled(**settings):
-        out = comfy_models.sample(model, patch.install(model.patcher, patch.Settings(min_tokens=0, **settings)), steps=STEPS)
+        out = comfy_models.sample(model, patch.install(model.patcher, node_modules.settings.Settings(min_tokens=0, **settings)), steps=STEPS)
         return out, runs.closed[-1].to_dict()
 
     recorder = comfy_models.Recorder()
@@ -122,12 +122,12 @@ def case(comfy, node_modules, reference, request):
         has_references = any(kind == "reference" for kind, _ in model.segments)
         names = [variant for variant in VARIANTS if has_references or not variant.startswith("references")]
         for variant in names:
-            patcher = patch.install(patcher, patch.Settings(topk=0.3, min_tokens=0, **VARIANTS[variant]))
+            patcher = patch.install(patcher, node_modules.settings.Settings(topk=0.3, min_tokens=0, **VARIANTS[variant]))
         patches = dict(zip(names, patch.patches_of(patcher), strict=True))
 
-        def keep(outputs, layout, options):
+        def keep(outputs, spans, options):
             found.outputs.append(outputs)
-            found.layouts.append(layout)
+            found.spans.append(spans)
 
         comfy_models.sample(model, spy_on(patcher, patches, reference, keep, model.tokens), steps=1)
     return found
@@ -175,7 +175,7 @@ def test_families_that_never_reach_the_hook_say_so(case):
 
 
 @intercepted
-def test_layout_is_the_models(case):
+def test_spans_are_the_models(case):
     model = case.model
     expected = []
     for kind, size in model.segments:
@@ -183,10 +183,10 @@ def test_layout_is_the_models(case):
             expected[-1] = ("text", expected[-1][1] + size)
         else:
             expected.append(("rest" if kind == "pad" else kind, size))
-    assert case.layouts
-    for layout in case.layouts:
-        assert layout is not None
-        assert [(part.kind, part.size) for part in layout.parts] == expected
+    assert case.spans
+    for spans in case.spans:
+        assert spans is not None
+        assert [(part.kind, part.size) for part in spans.parts] == expected
 
 
 @intercepted
@@ -232,9 +232,9 @@ def test_guidance(nodes, tiny, patched, last_run, reference, negative, calls_a_s
 
     texts = []
 
-    def keep(outputs, layout, options):
+    def keep(outputs, spans, options):
         text = outputs["dense"].shape[1] - 256
-        assert [(p.kind, p.size) for p in layout.parts] == [("text", text), ("grid", (1, 16, 16))]
+        assert [(p.kind, p.size) for p in spans.parts] == [("text", text), ("grid", (1, 16, 16))]
         torch.testing.assert_close(outputs["ours"][:, :text], outputs["dense"][:, :text], rtol=1e-5, atol=1e-5)
         assert outputs["dense"].shape[0] == batch * len(options["cond_or_uncond"])
         texts.append(text)

@@ -114,8 +114,8 @@ def model_call(nodes, model, shape, conds=None, context=7, options=None):
     return nodes.geometry.ModelCall(model, shape, context, conds or {}, options or {})
 
 
-def parts_of(layout):
-    return [(part.kind, part.size) for part in layout.parts]
+def parts_of(spans):
+    return [(part.kind, part.size) for part in spans.parts]
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -123,28 +123,28 @@ def test_rows(nodes, row):
     model, shape, conds, context, tokens, expected = ROWS[row]
     geometry = nodes.geometry
     call = model_call(nodes, model, shape, conds, context)
-    layout = geometry.layout(geometry.family_of(model), call, tokens)
-    assert parts_of(layout) == expected
+    spans = geometry.spans(geometry.family_of(model), call, tokens)
+    assert parts_of(spans) == expected
     sizes = [size if isinstance(size, int) else size[0] * size[1] * size[2] for _, size in expected]
     assert sum(sizes) == tokens
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     ranges = [(kind, (start, start + n)) for (kind, _), start, n in zip(expected, starts, sizes, strict=True)]
-    assert layout.protected == tuple(r for kind, r in ranges if kind in ("text", "rest"))
-    assert layout.references == tuple(r for kind, r in ranges if kind == "reference")
-    plan = nodes._kernels.order_plan("tiles", layout.segments)
-    assert plan.length == tokens and plan.protected == layout.protected
+    assert spans.protected == tuple(r for kind, r in ranges if kind in ("text", "rest"))
+    assert spans.references == tuple(r for kind, r in ranges if kind == "reference")
+    order = nodes._kernels.order_plan("tiles", spans.segments)
+    assert order.length == tokens and order.protected == spans.protected
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_a_sequence_that_does_not_add_up_has_no_layout(nodes, row):
+def test_a_sequence_that_does_not_add_up_has_no_spans(nodes, row):
     """Shorter than the known parts; and longer, where no part may take whatever length is left."""
     model, shape, conds, context, tokens, expected = ROWS[row]
     geometry = nodes.geometry
     call = model_call(nodes, model, shape, conds, context)
     known = sum(size if isinstance(size, int) else size[0] * size[1] * size[2] for kind, size in expected if kind in ("grid", "reference"))
-    assert geometry.layout(geometry.family_of(model), call, known - 1) is None
+    assert geometry.spans(geometry.family_of(model), call, known - 1) is None
     if type(model).__name__ in ("MiniTrainDIT", "GeneralDIT"):
-        assert geometry.layout(geometry.family_of(model), call, tokens + 1) is None
+        assert geometry.spans(geometry.family_of(model), call, tokens + 1) is None
 
 
 def test_every_row_is_tested(nodes):
@@ -152,7 +152,7 @@ def test_every_row_is_tested(nodes):
     assert {name: family.name for name, family in geometry.FAMILIES.items()} == CLASSES | NEVER
     for name in NEVER:
         family = geometry.family_of(stand_in(name))
-        assert family.parts is None and geometry.layout(family, model_call(nodes, stand_in(name), IMAGE), 1258) is None
+        assert family.parts is None and geometry.spans(family, model_call(nodes, stand_in(name), IMAGE), 1258) is None
         assert geometry.grid_tokens(family, model_call(nodes, stand_in(name), IMAGE)) is None
     covered = {cls.__name__ for model, *_ in ROWS.values() for cls in type(model).__mro__}
     assert set(CLASSES) - covered == {"UNetModel"}  # below
@@ -165,27 +165,27 @@ def test_unet_levels(nodes):
     for shape in (torch.Size((2, 320, 33, 35)), [2, 640, 17, 18]):
         call = model_call(nodes, model, (2, 4, 66, 70), options={"activations_shape": shape})
         tokens = shape[2] * shape[3]
-        assert parts_of(geometry.layout(family, call, tokens)) == [grid(1, shape[2], shape[3])]
-        assert geometry.layout(family, call, tokens + 1) is None and geometry.layout(family, call, tokens - 1) is None
+        assert parts_of(geometry.spans(family, call, tokens)) == [grid(1, shape[2], shape[3])]
+        assert geometry.spans(family, call, tokens + 1) is None and geometry.spans(family, call, tokens - 1) is None
         assert geometry.grid_tokens(family, call) == tokens
-    assert parts_of(geometry.layout(family, model_call(nodes, model, (2, 4, 9, 11)), 99)) == [grid(1, 9, 11)]
+    assert parts_of(geometry.spans(family, model_call(nodes, model, (2, 4, 9, 11)), 99)) == [grid(1, 9, 11)]
 
 
 def test_hunyuan_refiner_is_no_block(nodes):
     for model in (old_hunyuan(), new_hunyuan()):
         call = model_call(nodes, model, VIDEO)
         family = nodes.geometry.family_of(model)
-        assert nodes.geometry.layout(family, call, 7) is None and nodes.geometry.grid_tokens(family, call) == 1197
+        assert nodes.geometry.spans(family, call, 7) is None and nodes.geometry.grid_tokens(family, call) == 1197
 
 
 def test_long_text_is_a_line_and_not_protected(nodes):
     geometry, model = nodes.geometry, stand_in("Flux", patch_size=2)
     assert geometry.MAX_PROTECTED == 1024
     for length, protected in ((1024, ((0, 1024),)), (1025, ())):
-        layout = geometry.layout(geometry.family_of(model), model_call(nodes, model, IMAGE, context=length), length + 1258)
-        assert layout.protected == protected
-        assert layout.segments == ((1024 if protected else (1, 1, 1025)), (1, 34, 37))
-        assert nodes._kernels.order_plan("hilbert", layout.segments).length == length + 1258
+        spans = geometry.spans(geometry.family_of(model), model_call(nodes, model, IMAGE, context=length), length + 1258)
+        assert spans.protected == protected
+        assert spans.segments == ((1024 if protected else (1, 1, 1025)), (1, 34, 37))
+        assert nodes._kernels.order_plan("hilbert", spans.segments).length == length + 1258
 
 
 def test_unknown_family(nodes):
@@ -193,7 +193,7 @@ def test_unknown_family(nodes):
     model = stand_in("BrandNewDiT", patch_size=2)
     assert geometry.family_of(model) is None
     call = model_call(nodes, model, IMAGE)
-    assert geometry.layout(None, call, 1265) is None and geometry.grid_tokens(None, call) is None
+    assert geometry.spans(None, call, 1265) is None and geometry.grid_tokens(None, call) is None
 
 
 def test_fallback_protects_both_ends(nodes):
@@ -215,7 +215,7 @@ def test_compiled_model(nodes, name):
     geometry = nodes.geometry
     assert type(compiled).__name__ != name and geometry.family_of(compiled) is geometry.FAMILIES[name]
     if name == "Flux":
-        assert parts_of(geometry.layout(geometry.family_of(compiled), model_call(nodes, compiled, IMAGE), 1265)) == [text(7), grid(1, 34, 37)]
+        assert parts_of(geometry.spans(geometry.family_of(compiled), model_call(nodes, compiled, IMAGE), 1265)) == [text(7), grid(1, 34, 37)]
 
 
 def test_a_class_that_inherits_has_its_parents_row(nodes):

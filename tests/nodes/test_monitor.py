@@ -8,8 +8,10 @@ import comfy_models
 import pytest
 import torch
 
-KEYS = {"version", "run", "monitors", "state", "step", "steps", "layers", "heads", "tokens", "cells", "reasons", "warning", "note", "totals"}
-TOTALS = {"sparse_calls", "dense_calls", "density", "pv_skipped", "sparse_ms", "dense_ms", "speedup", "saved_ms", "measuring_ms"}
+COLUMNS = ["density", "pv_skipped", "ms", "sparse_calls", "dense_calls"]
+KEYS = {"version", "run", "monitors", "state", "step", "steps", "layers", "heads", "tokens", "columns", "cells", "step_totals", "reasons", "warning",
+        "note", "totals"}  # fmt: skip
+TOTALS = {*COLUMNS, "speedup", "saved_ms", "measuring_ms"}
 
 
 @pytest.fixture
@@ -30,18 +32,20 @@ def test_messages_of_a_run(nodes, tiny, patched, watched, browser, last_run):
     comfy_models.sample(model, watched(patched(model), "7", measures=True), steps=3)
     sent, run = browser.sent, last_run()
     assert [(m["state"], m["step"]) for m in sent] == [("running", 0), ("running", 1), ("running", 2), ("done", 3)]
-    assert all(set(m) == KEYS and set(m["totals"]) == TOTALS and m["monitors"] == ["7"] and m["version"] == 1 for m in sent)
+    assert all(set(m) == KEYS and set(m["totals"]) == TOTALS and m["monitors"] == ["7"] and m["version"] == 2 for m in sent)
     assert {m["run"] for m in sent} == {nodes.telemetry.runs.latest} and {m["steps"] for m in sent} == {3}
     assert [[cell[:2] for cell in m["cells"]] for m in sent] == [[], [[0, 0], [0, 1]], [[1, 0], [1, 1]], [[2, 0], [2, 1]]]
-    for told, cell in zip([cell for m in sent for cell in m["cells"]], run["cells"], strict=True):
-        step, layer, density, pv_skipped, ms, sparse, dense, error = told
-        assert (step, layer, sparse, dense, error) == (cell["step"], cell["layer"], cell["sparse_calls"], cell["dense_calls"], None)
-        assert density == pytest.approx(cell["density"], abs=1e-4) and pv_skipped == pytest.approx(cell["pv_skipped"], abs=1e-4)
-        assert ms == pytest.approx(cell["sparse_ms"] + cell["dense_ms"], abs=1e-3)
+    assert all([column["name"] for column in m["columns"]] == ["step", "layer", *COLUMNS] for m in sent)
+    assert [column["unit"] for column in sent[0]["columns"]] == ["index", "index", "share", "share", "ms", "calls", "calls"]
+    for kind in ("cells", "step_totals"):
+        for row, numbers in zip([row for m in sent for row in m[kind]], run[kind], strict=True):
+            expected = {**numbers, "layer": numbers.get("layer"), "ms": numbers["sparse_ms"] + numbers["dense_ms"]}
+            assert row == pytest.approx([expected[name] for name in ("step", "layer", *COLUMNS)], abs=1e-4)
     last = sent[-1]
     assert (last["layers"], last["heads"], last["tokens"]) == (2, 2, 256) and last["reasons"] == [["cross-attention to 7 tokens", 6]]
-    for name in TOTALS:
-        assert last["totals"][name] == pytest.approx(run["totals"][name], abs=1e-4), name
+    assert last["totals"].pop("ms") == pytest.approx(run["totals"]["sparse_ms"] + run["totals"]["dense_ms"], abs=1e-4)
+    for name, value in last["totals"].items():
+        assert value == pytest.approx(run["totals"][name], abs=1e-4), name
     assert last["warning"] is last["note"] is None
 
 
@@ -50,7 +54,7 @@ def test_measuring(nodes, tiny, patched, watched, browser, last_run):
     model = tiny("wan_t2v")
     comfy_models.sample(model, watched(patched(model), "7", measures=True), steps=2)
     run, totals = nodes.telemetry.runs.closed[-1], last_run()["totals"]
-    (dense_ms,) = run._dense_ms.values()
+    (dense_ms,) = run.against_dense._dense_by_shape.values()
     assert totals["measuring_ms"] >= dense_ms > 0
     assert totals["speedup"] == pytest.approx(dense_ms / (totals["sparse_ms"] / 4))
     assert totals["saved_ms"] == pytest.approx(4 * dense_ms - totals["sparse_ms"] - totals["measuring_ms"])
@@ -70,7 +74,7 @@ def test_the_extra_call_is_made_once_and_by_comfyui(nodes, tiny, patched, watche
         # What comes past ours is the cross-attention of two blocks in two steps: 7 keys.
         assert len(earlier.seen) == 4
         assert len(computed) == 4 + measures
-    assert (nodes.telemetry.runs.closed[-1].measuring_ms > 0) == measures
+    assert (nodes.telemetry.runs.closed[-1].totals()["measuring_ms"] > 0) == measures
 
 
 @pytest.mark.parametrize("family", ["wan_t2v", "qwen_image", "sdxl"])
@@ -116,7 +120,12 @@ def test_without_a_monitor_nothing_is_done(nodes, tiny, patched, browser, monkey
     model = tiny("wan_t2v")
     comfy_models.sample(model, patched(model), steps=2)
     run = nodes.telemetry.runs.closed[-1]
-    assert browser.sent == [] and run.sparse_calls == 4 and not (run.maps or run._sparse_ms or run._collected) and not run.send_failed
+    assert (
+        browser.sent == []
+        and run.sparse_calls == 4
+        and not (run.maps.kept or run.against_dense._sparse_by_shape or run._collected)
+        and not run.send_failed
+    )
 
 
 def test_no_server(tiny, patched, watched, nodes, caplog):
@@ -173,12 +182,13 @@ def test_maps_are_the_kernels_own(nodes, tiny, patched, watched, browser, monkey
     model = tiny("wan_t2v")
     comfy_models.sample(model, watched(patched(model, cdfthreshd=0.6), "7"), steps=2)
     run = nodes.telemetry.runs.closed[-1]
-    assert sorted(run.maps) == [(0, 0), (0, 1), (1, 0), (1, 1)] and run.head_maps[0] == 1
-    for picture, kept in zip((run.maps[at] for at in sorted(run.maps)), returned, strict=True):
-        assert (picture.n_q, picture.n_k) == (2, 4) and picture.place == ("row_major", ((1, 16, 16),), 0)
-        assert abs(picture.values / 255 - kept.mean(0).numpy()).max() < 0.006
+    kept_maps = run.maps.kept
+    assert sorted(kept_maps) == [(0, 0), (0, 1), (1, 0), (1, 1)] and run.maps.heads.step == 1
+    for pooled, kept in zip((kept_maps[at] for at in sorted(kept_maps)), returned, strict=True):
+        assert (pooled.n_q, pooled.n_k) == (2, 4) and pooled.place == ("row_major", ((1, 16, 16),), 0)
+        assert abs(pooled.values / 255 - kept.mean(0).numpy()).max() < 0.006
     for layer in range(2):
-        (heads,) = run.head_maps[1][layer]
+        (heads,) = run.maps.heads.layers[layer]
         assert abs(heads / 255 - returned[2 + layer].numpy()).max() < 0.003
 
 
@@ -326,7 +336,7 @@ def test_a_device_that_fails_at_the_end_is_told(tiny, patched, watched, browser,
     model = tiny("wan_t2v")
     noise = comfy.sample.prepare_noise(model.latent, 1)
     inputs = model.positive, model.negative, model.latent
-    monkeypatch.setattr(nodes.telemetry.Run, "close", fail)
+    monkeypatch.setattr(nodes.recorder.Run, "close", fail)
     with pytest.raises(KeyError if stopped else RuntimeError, match="stop" if stopped else "illegal memory access"):
         comfy.sample.sample(watched(patched(model), "7"), noise, 2, 1.0, "euler", "simple", *inputs, disable_pbar=True, callback=stop, seed=1)
     assert browser.sent[-1]["state"] == "failed" and not nodes.telemetry.runs.running

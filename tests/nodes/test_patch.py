@@ -16,25 +16,24 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The public contract: saved workflows hold widget values by position. Append only.
+# The public contract: saved workflows hold widget values by position, prompts by name. Append only.
 SLIDER = {"display": "slider"}
 SPARGE_ATTENTION = [
     ("required", "model", "MODEL", {}),
-    ("required", "topk", "FLOAT", {"default": 0.5, "min": 0.05, "max": 1.0, "step": 0.01, **SLIDER}),
-    ("required", "pvthreshd", "FLOAT", {"default": 15.0, "min": 1.0, "max": 50.0, "step": 0.5, **SLIDER}),
-    ("required", "start_percent", "FLOAT", {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.01}),
-    ("required", "end_percent", "FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01}),
-    ("required", "dense_blocks", "STRING", {"default": "", "multiline": False}),
-    ("required", "min_tokens", "INT", {"default": 4096, "min": 0, "max": 1 << 24, "step": 256}),
-    ("required", "simthreshd1", "FLOAT", {"default": -0.1, "min": -1.0, "max": 1.0, "step": 0.05}),
-    ("required", "cdfthreshd", "FLOAT", {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.01}),
-    ("required", "token_order", "COMBO", {"default": "auto", "options": ["auto", "row_major", "tiles", "hilbert"], "multiselect": False}),
-    ("required", "compensate", "BOOLEAN", {"default": False}),
-    ("required", "protect_references", "BOOLEAN", {"default": False}),
-    ("required", "backend", "COMBO", {"default": "auto", "options": ["auto", "torch", "cuda"], "multiselect": False}),
+    ("optional", "preset", "COMBO", {"default": "auto", "options": ["auto", "off", "careful", "balanced", "fast"], "multiselect": False}),
+    ("optional", "topk", "FLOAT", {"default": 0.5, "min": 0.05, "max": 1.0, "step": 0.01, **SLIDER}),
+    ("optional", "start_percent", "FLOAT", {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.01}),
+    ("optional", "end_percent", "FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01}),
+    ("optional", "dense_blocks", "STRING", {"default": "", "multiline": False}),
+    ("optional", "pvthreshd", "FLOAT", {"default": 15.0, "min": 1.0, "max": 50.0, "step": 0.5, **SLIDER}),
+    ("optional", "min_tokens", "INT", {"default": 4096, "min": 0, "max": 1 << 24, "step": 256}),
+    ("optional", "simthreshd1", "FLOAT", {"default": -0.1, "min": -1.0, "max": 1.0, "step": 0.05}),
+    ("optional", "cdfthreshd", "FLOAT", {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.01}),
+    ("optional", "token_order", "COMBO", {"default": "auto", "options": ["auto", "row_major", "tiles", "hilbert"], "multiselect": False}),
+    ("optional", "compensate", "BOOLEAN", {"default": False}),
+    ("optional", "protect_references", "BOOLEAN", {"default": False}),
+    ("optional", "backend", "COMBO", {"default": "auto", "options": ["auto", "cuda", "torch"], "multiselect": False}),
     ("optional", "policy", "SPARGE_POLICY", {}),
-    ("optional", "block_mask", "SPARGE_BLOCK_MASK", {}),
-    ("optional", "preset", "COMBO", {"default": "auto", "options": ["auto", "off"], "multiselect": False}),
 ]
 SPARGE_MONITOR = [("required", "model", "MODEL", {}), ("required", "measure_dense", "BOOLEAN", {"default": True})]
 SPARGE_REPORT = [("required", "model", "MODEL", {}), ("required", "data", "LATENT,IMAGE", {})]
@@ -74,15 +73,29 @@ def test_contract_of_sparge_report(nodes):
     assert "unique_id" in node.INPUT_TYPES()["hidden"]
 
 
-def test_defaults_of_the_node_and_of_settings_agree(nodes):
-    defaults = {name: options["default"] for _, name, _, options in SPARGE_ATTENTION if "default" in options}
-    settings = nodes.patch.Settings()
-    for name, value in defaults.items():
-        if name not in ("dense_blocks", "preset"):
-            assert getattr(settings, name) == value, name
-    assert settings.dense_blocks == nodes.patch.parse_blocks(defaults["dense_blocks"]) == ()
-    assert nodes.patch.check(defaults) is None and settings.policy is None and settings.block_mask is None
-    assert defaults["preset"] == "auto" and settings.preset is None  # without the input, as in prompts older than it, there is none
+def test_the_table_of_inputs(nodes):
+    """One field of Settings is one widget: default, limits and choices are the contract's, in its order."""
+    settings, rows = nodes.settings.Settings(), nodes.settings.INPUTS
+    assert list(rows) == [name for _, name, _, _ in SPARGE_ATTENTION if name not in ("model", "policy")]
+    for name, options in ((name, options) for _, name, _, options in SPARGE_ATTENTION if name in rows):
+        row = rows[name]
+        assert getattr(settings, name) == row.default and (row.default if row.new is None else row.new) == options["default"], name
+        assert type(row.default) is type(options["default"]) and row.choices == tuple(options.get("options", ())), name
+        assert row.limits is None or row.limits[:3] == (options["min"], options["max"], options["step"]), name
+        assert row.slider == ("display" in options), name
+        assert nodes.settings.check({name: options["default"]}) is None
+    assert rows["preset"].default == "off"  # without the input, as in prompts older than it
+    assert settings.row is None and settings.policy is None
+    assert nodes.settings.BY_PRESET == ("topk", "start_percent", "end_percent", "dense_blocks")
+
+
+def test_a_new_input_is_a_row(nodes, monkeypatch):
+    """What is added to the table is in the schema, is checked, and is marked."""
+    rows, limits = nodes.settings.INPUTS, nodes.settings.Limits(0, 9, 3, "take 3")
+    made = nodes.patch._widget("added", nodes.settings.Input(3, limits, advanced=True), "What it does.")
+    assert (made.id, made.default, made.min, made.max, made.step, made.tooltip, made.optional) == ("added", 3, 0, 9, 3, "What it does.", True)
+    monkeypatch.setitem(rows, "added", nodes.settings.Input(3, limits))
+    assert nodes.settings.check({"added": 10}) == "added must be 0 to 9, got 10; take 3"
 
 
 def test_every_input_has_a_tooltip(nodes):
@@ -122,8 +135,8 @@ BAD = {
     "sim": ("simthreshd1", -1.5, "-1 to 1"),
     "cdf": ("cdfthreshd", 1.5, "0 to 1"),
     "order": ("token_order", "spiral", "auto, row_major, tiles, hilbert"),
-    "backend": ("backend", "cuda13", "auto, torch, cuda"),
-    "preset": ("preset", "Wan", "auto, off"),
+    "backend": ("backend", "cuda13", "auto, cuda, torch"),
+    "preset": ("preset", "Wan", "auto, off, careful, balanced, fast"),
     "blocks-word": ("dense_blocks", "first", "'0, 3-5, -1'"),
     "blocks-float": ("dense_blocks", "1.5", "'0, 3-5, -1'"),
     "blocks-backwards": ("dense_blocks", "0, 5-3", "'0, 3-5, -1'"),
@@ -135,7 +148,7 @@ BAD = {
 def test_bad_values(nodes, tiny, name):
     argument, value, rule = BAD[name]
     node = nodes.patch.SpargeAttention
-    said = nodes.patch.check({argument: value})
+    said = nodes.settings.check({argument: value})
     assert isinstance(said, str)
     if argument == "dense_blocks":  # ComfyUI's own checks know the ranges and the lists of choices of the others
         assert node.validate_inputs(dense_blocks=value) == said
@@ -150,11 +163,11 @@ def test_bad_values(nodes, tiny, name):
 
 def test_window_the_wrong_way_round(nodes, tiny):
     node = nodes.patch.SpargeAttention
-    said = nodes.patch.check({"start_percent": 0.6, "end_percent": 0.4})
+    said = nodes.settings.check({"start_percent": 0.6, "end_percent": 0.4})
     assert all(part in said for part in ("start_percent", "end_percent", "0.6", "0.4", ";"))
     with pytest.raises(ValueError, match="start_percent"):
         node.execute(tiny("wan_t2v").patcher, start_percent=0.6, end_percent=0.4)
-    assert nodes.patch.check({"start_percent": 0.4, "end_percent": 0.4}) is None
+    assert nodes.settings.check({"start_percent": 0.4, "end_percent": 0.4}) is None
 
 
 @pytest.mark.parametrize(("argument", "value"), [("dense_blocks", 5), ("min_tokens", 0.5), ("compensate", "yes"), ("protect_references", 2)])
@@ -172,7 +185,7 @@ def test_linked_values_are_not_there_yet(nodes):
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("token_order", None), ("backend", None), ("topk", None), ("preset", None), ("policy", "x"), ("block_mask", "x")],
+    [("token_order", None), ("backend", None), ("topk", None), ("preset", None), ("policy", "x")],
     ids=lambda v: str(v),
 )
 def test_nulls_and_foreign_objects_fail_at_the_node(nodes, tiny, argument, value):
@@ -199,9 +212,9 @@ BLOCKS = {
 
 @pytest.mark.parametrize("text", BLOCKS)
 def test_dense_blocks_text(nodes, text):
-    ranges = nodes.patch.parse_blocks(text)
+    ranges = nodes.settings.parse_blocks(text)
     assert ranges == BLOCKS[text]
-    assert nodes.patch.parse_blocks(nodes.patch.Settings(dense_blocks=ranges).shown()["dense_blocks"]) == ranges
+    assert nodes.settings.parse_blocks(nodes.settings.parse({"dense_blocks": text}).shown()["dense_blocks"]) == ranges
 
 
 # The node at work.
@@ -225,7 +238,7 @@ def test_without_a_hidden_id(nodes, tiny):
     assert nodes.patch.SpargeAttention.hidden is None
     (patcher,) = nodes.patch.SpargeAttention.execute(tiny("wan_t2v").patcher, topk=0.3).args
     (patch,) = nodes.patch.patches_of(patcher)
-    assert patch.node is None and patch.settings == nodes.patch.Settings(topk=0.3)
+    assert patch.node is None and patch.settings == nodes.settings.Settings(topk=0.3)
 
 
 OFFER = "preset for Wan 2.1 / 2.2 t2v: start_percent 0.24, dense_blocks 0 (choose auto)"
@@ -239,48 +252,53 @@ def test_text_on_the_node(nodes, tiny, monkeypatch):
     monkeypatch.setattr(nodes.patch.SpargeAttention, "hidden", SimpleNamespace(unique_id="12"), raising=False)
     model = tiny("wan_t2v")
     (patcher,) = nodes.patch.SpargeAttention.execute(model.patcher, topk=0.3, min_tokens=0).args
-    assert said == [("12", f"{nodes.patch.describe(nodes.patch.Settings(topk=0.3), 'cpu')}; {OFFER}")]
+    assert said == [("12", f"{nodes.patch.describe(nodes.settings.Settings(topk=0.3), 'cpu')}; {OFFER}")]
     comfy_models.sample(model, patcher)
     node, text = said[-1]
     assert len(said) == 2 and node == "12" and text.startswith("4 calls sparse, density 0.25") and "4 x cross-attention to 7 tokens" in text
 
 
 def test_description(nodes):
-    describe, settings = nodes.patch.describe, nodes.patch.Settings
+    describe, settings = nodes.patch.describe, nodes.settings.Settings
     assert "pvthreshd has no effect" in describe(settings(), "cpu") and "torch" in describe(settings(), "cpu")
     assert "pvthreshd has no effect" in describe(settings(backend="torch"), "cuda")
     declined = describe(settings(), "cuda")
-    assert "dense" in declined and "torch" in declined and nodes._kernels.backend_for("cuda", "auto")[0] is None
+    assert "dense" in declined and "torch" in declined and nodes._kernels.backend_for("cuda", "auto").backend is None
 
 
-def test_backend_names_are_those_of_the_kernels(nodes):
-    assert set(nodes.patch.BACKENDS) == {"auto", *nodes._kernels.TABLE}
+@pytest.fixture
+def answers(nodes, pack, monkeypatch):
+    """What `kernels.can_run` is asked, with the answers of `.say(choice)`; a GPU is not at hand."""
+    asked = []
+
+    def can_run(device, **how):
+        asked.append((str(device), how))
+        return can_run.choice
+
+    def say(backend, why_not=None):
+        can_run.choice = nodes._kernels.BackendChoice(backend, why_not, backend == "cuda", backend == "cuda")
+
+    nodes._kernels._asked.cache_clear()
+    monkeypatch.setattr(nodes._kernels, "can_run", can_run)
+    yield SimpleNamespace(say=say, asked=asked)
+    nodes._kernels._asked.cache_clear()
 
 
-def test_a_gpu_takes_what_its_kernels_can(nodes, monkeypatch):
-    """The head size of the call decides too; on a GPU nothing falls to the torch backend unless it was asked for."""
-    machine = SimpleNamespace(arch="sm_86", pv="int8", missing=lambda variants: None)
-    nodes._kernels._chosen.cache_clear()
-    monkeypatch.setattr(nodes._kernels.TABLE["cuda"], "machine_of", lambda device: (machine, None))
-    ask = nodes._kernels.backend_for
-    assert ask("cuda", "auto") == ask("cuda", "cuda", 128, torch.bfloat16, True) == ("cuda", None)
-    backend, why = ask("cuda", "auto", 192)
-    assert backend is None and "head_dim 192" in why and ask("cuda", "torch", 192) == ("torch", None)
-    assert nodes.patch.describe(nodes.patch.Settings(), "cuda") == "backend cuda"
-    nodes._kernels._chosen.cache_clear()
+def test_a_gpu_takes_what_its_kernels_can(nodes, answers):
+    """The head size, dtype and mask of the call decide too; what was accepted once is not asked for again."""
+    answers.say("cuda")
+    for _ in range(2):
+        assert nodes._kernels.backend_for("cuda", "cuda", 128, torch.bfloat16, True).backend == "cuda"
+    assert answers.asked == [("cuda", dict(backend="cuda", head_dim=128, dtype=torch.bfloat16, masked=True))]
+    assert nodes.patch.describe(nodes.settings.Settings(), "cuda") == "backend cuda"
 
 
-def test_a_refusal_that_ends_is_not_remembered(nodes, monkeypatch):
+def test_a_refusal_that_ends_is_not_remembered(nodes, answers):
     """Kernels cannot be loaded while a CUDA graph is captured; after it they are."""
-    missing = ["a CUDA graph is being captured"]
-    machine = SimpleNamespace(arch="sm_86", pv="int8", missing=lambda variants: missing[0])
-    nodes._kernels._chosen.cache_clear()
-    monkeypatch.setattr(nodes._kernels.TABLE["cuda"], "machine_of", lambda device: (machine, None))
-    backend, why = nodes._kernels.backend_for("cuda", "auto")
-    assert backend is None and why.startswith("cuda: a CUDA graph is being captured; torch: ")
-    missing[0] = None
-    assert nodes._kernels.backend_for("cuda", "auto") == ("cuda", None)
-    nodes._kernels._chosen.cache_clear()
+    answers.say(None, "cuda: a CUDA graph is being captured")
+    assert nodes._kernels.backend_for("cuda", "auto").why_not == "cuda: a CUDA graph is being captured"
+    answers.say("cuda")
+    assert nodes._kernels.backend_for("cuda", "auto").backend == "cuda" and len(answers.asked) == 2
 
 
 def test_run_is_logged_in_one_line(nodes, tiny, patched, caplog):
@@ -295,16 +313,16 @@ def test_token_order_auto(nodes, tiny, monkeypatch):
     """Tiles up to topk 0.15, rows above; and rows when the cumulative mass decides."""
     plans, real = [], nodes._kernels.attend
 
-    def attend(*args, plan, **kwargs):
-        plans.append("row_major" if plan is None else plan.kind)
-        return real(*args, plan=plan, **kwargs)
+    def attend(*args, order, **kwargs):
+        plans.append("row_major" if order is None else order.kind)
+        return real(*args, order=order, **kwargs)
 
     monkeypatch.setattr(nodes._kernels, "attend", attend)
     model = tiny("qwen_image")
 
     def kind(**settings):
         plans.clear()
-        comfy_models.sample(model, nodes.patch.install(model.patcher, nodes.patch.Settings(min_tokens=0, **settings)), steps=1)
+        comfy_models.sample(model, nodes.patch.install(model.patcher, nodes.settings.Settings(min_tokens=0, **settings)), steps=1)
         (found,) = set(plans)
         return found
 
@@ -320,21 +338,6 @@ def test_settings_reach_the_kernels(nodes, tiny, patched, last_run, setting):
     changed = comfy_models.sample(model, patched(model, **setting))
     assert not torch.equal(plain, changed)
     assert (last_run()["totals"]["density"] > density) == ("compensate" not in setting)
-
-
-def test_block_mask_input(nodes, tiny, patched, last_run):
-    """A fixed mask replaces the selection: built for this sequence's plan, with the text kept on top."""
-    model, plans = tiny("qwen_image"), []
-
-    def build(plan):
-        plans.append(plan)
-        n_q, n_k = -(-plan.length // 128), -(-plan.length // 64)
-        return nodes._kernels.BlockMask.from_dense(torch.eye(n_k, dtype=torch.bool)[:n_q][None, None])
-
-    comfy_models.sample(model, patched(model, block_mask=SimpleNamespace(build=build), token_order="tiles"), steps=1)
-    assert {(plan.kind, plan.length) for plan in plans} == {("tiles", 263)}
-    # Five blocks of keys, three of queries; tiles put the 7 text tokens last: column 4 is kept, row 2 is dense.
-    assert last_run()["totals"]["density"] == pytest.approx((2 + 2 + 5) / 15)
 
 
 # Importing.

@@ -86,10 +86,11 @@ def test_every_row_is_legal_and_says_where_it_comes_from(nodes, presets):
     assert len({row.label for row in presets.PRESETS.values()}) == len(presets.PRESETS)
     for family, row in presets.PRESETS.items():
         values = {name: getattr(row, name) for name in ("topk", "start_percent", "end_percent", "dense_blocks")}
-        assert nodes.patch.check(values) is None, family
+        assert nodes.settings.check(values) is None, family
         # The widgets' steps: a workflow must be able to write the value as it is.
         assert all(abs(values[name] * 100 - round(values[name] * 100)) < 1e-9 for name in ("topk", "start_percent", "end_percent")), family
         assert row.family == family and row.label and "not yet measured here" in row.source and "\n" not in row.source
+        assert row.topk == 0.5, "auto gives what saved prompts have: the default of the input"
 
 
 def test_the_help_pages_have_the_table(presets):
@@ -104,6 +105,7 @@ def test_the_help_pages_have_the_table(presets):
 # The node.
 
 DEFAULTS = dict(start_percent=0.0, end_percent=1.0, dense_blocks="")
+LEVELS = {"careful": 0.7, "balanced": 0.5, "fast": 0.3}
 
 
 @pytest.fixture
@@ -130,46 +132,84 @@ def test_auto_takes_the_row_where_nothing_was_changed(presets, execute, name):
     row = presets.PRESETS[ROWS[name]]
     settings = execute(name, preset="auto", **DEFAULTS)[1]
     assert in_force(settings) == (row.start_percent, row.end_percent, row.dense_blocks, row.label)
-    assert settings.topk == 0.3  # never a preset's
+    assert settings.topk == 0.3  # the user's
 
 
 @pytest.mark.parametrize("values", [{}, {"preset": "off"}], ids=["absent", "off"])
 def test_without_a_preset_everything_is_as_it_was(nodes, execute, values):
-    assert execute(**DEFAULTS, **values)[1] == nodes.patch.Settings(topk=0.3, min_tokens=0)
+    assert execute(**DEFAULTS, **values)[1] == nodes.settings.Settings(topk=0.3, min_tokens=0)
 
 
 def test_auto_changes_nothing_for_other_models(nodes, execute):
-    assert execute("auraflow", preset="auto", **DEFAULTS)[1] == nodes.patch.Settings(topk=0.3, min_tokens=0)
+    assert execute("auraflow", preset="auto", **DEFAULTS)[1] == nodes.settings.Settings(preset="auto", topk=0.3, min_tokens=0)
 
 
 @pytest.mark.parametrize(
     ("values", "expected", "line"),
     [
+        (dict(topk=0.3), (0.24, 1.0, "0"), "topk 0.3 (yours; preset: 0.5), start_percent 0.24, dense_blocks 0"),
         ({}, (0.24, 1.0, "0"), "start_percent 0.24, dense_blocks 0"),
+        (dict(dense_blocks=" , "), (0.24, 1.0, "0"), "start_percent 0.24, dense_blocks 0"),  # empty
         (dict(start_percent=0.4), (0.4, 1.0, "0"), "start_percent 0.4 (yours; preset: 0.24), dense_blocks 0"),
         (dict(start_percent=0.24), (0.24, 1.0, "0"), "start_percent 0.24, dense_blocks 0"),
         (dict(end_percent=0.9), (0.24, 0.9, "0"), "start_percent 0.24, end_percent 0.9 (yours; preset: 1), dense_blocks 0"),
         (dict(dense_blocks="1, -1"), (0.24, 1.0, "1, -1"), "start_percent 0.24, dense_blocks 1, -1 (yours; preset: 0)"),
         # The preset's start would leave the user's window empty.
         (dict(end_percent=0.2), (0.0, 0.2, "0"), "start_percent 0 (yours; preset: 0.24), end_percent 0.2 (yours; preset: 1), dense_blocks 0"),
+        (dict(end_percent=0.24), (0.0, 0.24, "0"), "start_percent 0 (yours; preset: 0.24), end_percent 0.24 (yours; preset: 1), dense_blocks 0"),
     ],
-    ids=["none", "start", "same_start", "end", "blocks", "early_end"],
+    ids=["topk", "none", "empty_blocks", "start", "same_start", "end", "blocks", "early_end", "end_at_the_start"],
 )
 def test_what_the_user_changed_wins_and_the_line_says_so(execute, values, expected, line):
-    settings = execute(preset="auto", **{**DEFAULTS, **values})[1]
+    settings = execute(preset="auto", **{"topk": 0.5, **DEFAULTS, **values})[1]
     assert in_force(settings) == (*expected, "Wan 2.1 / 2.2 t2v")
     assert settings.preset_line() == f"preset Wan 2.1 / 2.2 t2v: {line}"
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["wan_i2v", "mochi", "auraflow"])
+def test_a_named_preset_decides_alone(presets, execute, level, name):
+    """Whatever stands in its inputs; steps and blocks are the family's, or careful values for a model that is in no row."""
+    if missing := comfy_models.available(name):
+        pytest.skip(missing)
+    row = presets.PRESETS[ROWS[name]] if name in ROWS else presets.LEVELS[level]
+    for values in ({}, dict(topk=0.9, start_percent=0.6, end_percent=0.8, dense_blocks="7")):
+        settings = execute(name, preset=level, **values)[1]
+        label = f"{level}, {row.label}" if name in ROWS else level
+        assert (settings.topk, *in_force(settings)) == (LEVELS[level], row.start_percent, row.end_percent, row.dense_blocks, label)
+        assert name in ROWS or in_force(settings)[:3] == (0.2, 1.0, "0")
+
+
+def test_the_lines_of_named_presets(execute):
+    line = execute(preset="fast", topk=0.5)[1].preset_line()
+    assert line == "preset fast, Wan 2.1 / 2.2 t2v: topk 0.3, start_percent 0.24, dense_blocks 0 (the inputs' 0.5, 0, empty are not used)"
+    line = execute(preset="balanced", topk=0.5, start_percent=0.24, dense_blocks="0")[1].preset_line()
+    assert line == "preset balanced, Wan 2.1 / 2.2 t2v: start_percent 0.24, dense_blocks 0"  # the inputs say so, too
+    line = execute("auraflow", preset="careful", topk=0.5, end_percent=0.9)[1].preset_line()
+    assert line == "preset careful: topk 0.7, start_percent 0.2, end_percent 1, dense_blocks 0 (the inputs' 0.5, 0, 0.9, empty are not used)"
+
+
+def test_named_presets_say_where_they_come_from(nodes, presets):
+    assert {name: level.topk for name, level in presets.LEVELS.items()} == LEVELS
+    assert nodes.settings.INPUTS["preset"].choices == ("auto", "off", *LEVELS)
+    for level in presets.LEVELS.values():
+        assert nodes.settings.check({"topk": level.topk}) is None and level.source.endswith("; not yet measured here")
+    row = presets.chosen("fast", presets.PRESETS["mochi"])
+    assert presets.LEVELS["fast"].source in row.source and presets.PRESETS["mochi"].source in row.source
+
+
 def test_the_line_offers_a_preset_that_is_off(nodes, presets, execute):
     row, describe = presets.PRESETS["wan_i2v"], nodes.patch.describe
-    plain = describe(nodes.patch.Settings(), "cpu")
+    plain = describe(nodes.settings.Settings(), "cpu")
     offer = "; preset for Wan 2.1 i2v: start_percent 0.35, dense_blocks 0 (choose auto)"
-    assert describe(nodes.patch.Settings(), "cpu", row) == plain + offer
-    assert describe(nodes.patch.Settings(start_percent=0.1), "cpu", row) == plain + offer
+    assert describe(nodes.settings.Settings(), "cpu", row) == plain + offer
+    assert describe(nodes.settings.Settings(start_percent=0.1), "cpu", row) == plain + offer
     # The same values by hand, as a shipped workflow has them: nothing to offer.
-    assert describe(nodes.patch.Settings(start_percent=0.35, dense_blocks=((0, 0),)), "cpu", row) == plain
-    assert describe(nodes.patch.Settings().with_preset(row), "cpu", row) == f"{plain}; preset Wan 2.1 i2v: start_percent 0.35, dense_blocks 0"
+    assert describe(nodes.settings.Settings(start_percent=0.35, dense_blocks="0"), "cpu", row) == plain
+    assert (
+        describe(nodes.settings.Settings(preset="auto").for_model(row), "cpu", row)
+        == f"{plain}; preset Wan 2.1 i2v: start_percent 0.35, dense_blocks 0"
+    )
 
 
 # Runs: how many steps stay dense.
@@ -200,8 +240,8 @@ def test_few_steps_keep_at_most_their_first_dense(tiny, execute, last_run, name,
     sample(tiny(name), patcher, steps)
     run = last_run()
     assert dense_steps(run) == list(range(dense))
-    told = settings.preset.label + (" (few steps: at most the first stays dense)" if steps in few else "")
-    assert run["settings"]["preset"] == told and run["settings"]["start_percent"] == settings.preset.start_percent
+    told = settings.row.label + (" (few steps: at most the first stays dense)" if steps in few else "")
+    assert run["settings"]["preset"] == told and run["settings"]["start_percent"] == settings.row.start_percent
 
 
 @pytest.mark.parametrize(
@@ -258,8 +298,20 @@ def test_an_unsampling_run_of_few_steps(nodes, tiny, execute, last_run):
     assert dense_steps(last_run()) == [3]
 
 
+@pytest.mark.parametrize(("steps", "dense"), [(8, "step 1 of 8 stays dense"), (20, "steps 1 to 4 of 20 stay dense")])
+def test_a_named_preset_in_a_run(tiny, execute, last_run, caplog, steps, dense):
+    """Few steps count here too, and the line says the window in steps."""
+    patcher, _ = execute("qwen_image", preset="fast", topk=0.5, start_percent=0.9)
+    with caplog.at_level("INFO", "sparge_attention"):
+        sample(tiny("qwen_image"), patcher, steps)
+    run = last_run()
+    assert len(dense_steps(run)) == (1 if steps == 8 else 4) and run["settings"]["topk"] == 0.3
+    assert f"; {dense}; preset fast, Qwen-Image: topk 0.3, start_percent 0.2" in caplog.messages[-1]
+    assert ("few steps" in run["settings"]["preset"]) == (steps == 8) and run["settings"]["preset"].startswith("fast, Qwen-Image")
+
+
 def test_the_nodes_line_and_the_report_name_the_preset(nodes, tiny, execute, caplog):
-    model, (patcher, _) = tiny("wan_t2v"), execute(preset="auto")
+    model, (patcher, _) = tiny("wan_t2v"), execute(preset="auto", topk=0.5)
     with caplog.at_level("INFO", "sparge_attention"):
         sample(model, patcher, 8)
     line = "preset Wan 2.1 / 2.2 t2v: start_percent 0.24 (few steps: at most the first stays dense), dense_blocks 0"
@@ -274,9 +326,9 @@ def test_the_nodes_line_and_the_report_name_the_preset(nodes, tiny, execute, cap
 
 
 def prompt(steps: int, **values) -> dict:
-    """A prompt as one saved before the input was there, with `values` changed."""
+    """A prompt as those saved before there were presets, with a socket of then and `values` changed."""
     old = dict(topk=0.3, pvthreshd=15.0, start_percent=0.0, end_percent=1.0, dense_blocks="", min_tokens=0, simthreshd1=-0.1, cdfthreshd=0.0,
-               token_order="auto", compensate=False, protect_references=False, backend="auto")  # fmt: skip
+               token_order="auto", compensate=False, protect_references=False, backend="auto", block_mask=None)  # fmt: skip
     sampler = {"seed": 1, "steps": steps, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0, "latent_image": ["latent", 0]}
     sampler |= {"model": ["sparge", 0], "positive": ["text", 0], "negative": ["text", 0]}
     nodes = {

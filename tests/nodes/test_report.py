@@ -85,7 +85,7 @@ def test_outputs(nodes, tiny, patched, last_run, report, folders, data):
 
 def test_the_same_numbers_from_the_kernels_to_every_file(nodes, tiny, patched, report, folders, monkeypatch):
     """AttentionInfo of every call, by hand summed up, is what JSON, CSV and page say."""
-    calls, sparse = {}, nodes.telemetry.Run.sparse
+    calls, sparse = {}, nodes.recorder.Run.sparse
     attend, infos = nodes._kernels.attend, []
 
     def noted(*args, **kwargs):
@@ -93,12 +93,12 @@ def test_the_same_numbers_from_the_kernels_to_every_file(nodes, tiny, patched, r
         infos.append(info)
         return out, info
 
-    def placed(run, step, layer, *args, **kwargs):
-        calls.setdefault((step, layer), []).append(infos.pop())
-        return sparse(run, step, layer, *args, **kwargs)
+    def placed(run, call, *args, **kwargs):
+        calls.setdefault(call.at, []).append(infos.pop())
+        return sparse(run, call, *args, **kwargs)
 
     monkeypatch.setattr(nodes._kernels, "attend", noted)
-    monkeypatch.setattr(nodes.telemetry.Run, "sparse", placed)
+    monkeypatch.setattr(nodes.recorder.Run, "sparse", placed)
     model = tiny("wan_t2v", latent=(1, 16, 2, 64, 64))
     result = report(sampled(model, patched(model, end_percent=0.6, cdfthreshd=0.5), steps=3))
     assert len({info.density.double().mean().item() for of in calls.values() for info in of}) > 2, "densities are all the same"
@@ -145,31 +145,20 @@ def test_maps_of_a_watched_run(nodes, pack, tiny, patched, report, folders, imag
     model = tiny("wan_t2v")
     patcher = sampled(model, watched(nodes, pack, patched(model)), steps=2)
     (run,) = nodes.telemetry.runs.closed
-    layers = {layer for step, layer in run.maps if step == 1}
+    layers = {layer for step, layer in run.maps.kept if step == 1}
     data = torch.linspace(0, 1, 4 * 600 * 800 * 3).reshape(4, 600, 800, 3) if images else None
     result = report(patcher, data)
-    (of,) = [nodes.report.block_maps(run, nodes.report.pictures_of(data))]
+    of = nodes.report.layer_maps(run, nodes.report.images_of(data))
     assert [maps.step for maps in of] == [1] * min(3, len(layers)) and {maps.layer for maps in of} <= layers
     for maps in of:
-        assert maps.blocks.tobytes() == nodes.report.draw_maps.block_map(run.maps[1, maps.layer].values).tobytes()
+        assert maps.blocks.tobytes() == nodes.block_maps.block_map(run.maps.kept[1, maps.layer].values).tobytes()
         assert maps.frames == [1] and maps.queries[0].width / maps.queries[0].height == pytest.approx(4 / 3 if images else 1, abs=0.02)
     assert np.array_equal(
         result.args[4][0].numpy(),
-        nodes.animation.to_array(nodes.report.draw_maps.sheet(f"{run.facts['model']} \xb7 blocks kept, run {run.number}", of)),
+        nodes.animation.to_array(nodes.block_maps.sheet(f"{run.metadata['model']} \xb7 blocks kept, run {run.number}", of)),
     )
     page = (folders / "output" / result.ui["sparge_files"][6]["filename"]).read_text(encoding="utf-8")
     assert page.count("<img ") == 3 * len(of)
-
-
-def test_frame_shares_lie_where_their_tokens_are(nodes):
-    """Row-major blocks of 128 queries and 64 keys on a grid of 2 x 16 x 16: each block of queries is half a frame, of keys a quarter."""
-    values = np.zeros((4, 8), dtype=np.uint8)
-    values[3] = 255  # the last half frame keeps all
-    picture = nodes.telemetry.Picture(values, 4, 8, ("row_major", ((2, 16, 16),), 0))
-    queries, keys = nodes.report.frame_shares(picture)
-    assert queries.shape == keys.shape == (2, 16, 16)
-    assert (queries[1, 8:] == 255).all() and (queries[1, :8] == 0).all() and (queries[0] == 0).all() and set(keys.flat) == {64}
-    assert nodes.report.frame_shares(nodes.telemetry.Picture(values, 4, 8, None)) is None
 
 
 def runs_in(result) -> list[int]:
@@ -213,7 +202,7 @@ def test_no_run(nodes, tiny, patched, report, folders):
 
 
 def says_more_than_without_its_note(nodes, run, heat_map) -> bool:
-    blank = nodes.animation.to_array(nodes.draw.heat_map({**run, "note": None}))
+    blank = nodes.animation.to_array(nodes.heat_map.heat_map({**run, "note": None}))
     return blank.shape != heat_map[0].shape or not np.array_equal(blank, heat_map[0].numpy())
 
 
@@ -241,7 +230,7 @@ def test_fingerprint(nodes, tiny, patched):
 @pytest.mark.parametrize("steps", [1, 99, 100, 101, 1000, 4000])
 def test_frames_of_a_long_run(nodes, monkeypatch, steps):
     drawn = []
-    monkeypatch.setattr(nodes.draw, "step_frame", lambda run, step: drawn.append(step))
+    monkeypatch.setattr(nodes.heat_map, "step_frame", lambda run, step: drawn.append(step))
     assert len(nodes.report.step_frames({"steps": steps})) == len(drawn) <= nodes.report.MAX_FRAMES == 100
     assert drawn[0] == 0 and drawn == sorted(set(drawn)) and drawn[-1] >= steps - -(-steps // 100)
     assert len(drawn) >= min(steps, 50)
@@ -249,13 +238,13 @@ def test_frames_of_a_long_run(nodes, monkeypatch, steps):
 
 def test_frames_of_many_runs_stay_bounded(nodes, report, monkeypatch, tiny):
     """Eight runs of 100 steps, as a store can hold: the IMAGE batch must not take gigabytes."""
-    width, height = nodes.draw.FRAME_SIZE
+    width, height = nodes.heat_map.FRAME_SIZE
     for _ in range(8):
-        run = nodes.telemetry.runs.open(node="1", owner=object(), facts={}, sigmas=[1.0] * 101)
+        run = nodes.telemetry.runs.open(node="1", owner=object(), metadata={}, sigmas=[1.0] * 101)
         run.close()
         nodes.telemetry.runs.add(run)
     shapes = []
-    monkeypatch.setattr(nodes.draw, "step_frame", lambda run, step: Image.new("RGB", (4, 4)))
+    monkeypatch.setattr(nodes.heat_map, "step_frame", lambda run, step: Image.new("RGB", (4, 4)))
     monkeypatch.setattr(nodes.report, "save", lambda frames, *rest: shapes.append(len(frames)) or [])
     report(tiny("wan_t2v"))
     taken = shapes[0] * width * height * 3 * 4

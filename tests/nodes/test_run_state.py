@@ -42,7 +42,7 @@ def test_step_of_each_model_call(nodes, tiny, patched, watch, last_run, sampler,
 
     if sampler not in comfy.samplers.KSampler.SAMPLERS:
         pytest.skip(f"this ComfyUI tree has no {sampler}")
-    model = tiny(family) if family == "wan_t2v" else tiny("sd15", latent=(1, 4, 18, 18))
+    model = tiny(family) if family == "wan_t2v" else tiny("sd15", latent=(1, 4, 18, 18), model_channels=32)
     patcher, calls = watch(patched(model))
     comfy_models.sample(model, patcher, steps=STEPS, sampler=sampler, cfg=1.0)
     expected = Counter(step_of(sigma, schedule) for sigma, schedule, _ in calls)
@@ -74,6 +74,33 @@ def sample_slice(model, patcher, steps, start, last, **others):
     noise = comfy.sample.prepare_noise(model.latent, 1)
     return comfy.sample.sample(patcher, noise, steps, 1.0, "euler", "simple", model.positive, model.negative, model.latent, start_step=start,
                                last_step=last, disable_pbar=True, seed=1, **others)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "dense"),
+    [
+        (0.0, 1.0, ""),
+        (0.25, 1.0, "step 1 of 4 stays dense"),  # the second begins where the window does
+        (0.5, 1.0, "steps 1 to 2 of 4 stay dense"),
+        (0.25, 0.5, "steps 1 and 3 to 4 of 4 stay dense"),
+        (0.0, 0.75, "step 4 of 4 stays dense"),
+        (0.9, 1.0, "steps 1 to 4 of 4 stay dense"),
+    ],
+)
+def test_the_window_in_steps(nodes, start, end, dense):
+    window = nodes.schedule.window(start, end, lambda percent: 1 - percent)
+    assert window.dense_steps([1.0, 0.75, 0.5, 0.25, 0.0]) == dense
+    assert window.dense_steps([]) == window.dense_steps([0.3]) == ""
+
+
+def test_a_step_that_begins_where_the_window_ends_is_dense(nodes):
+    """Its sigma is a float32, the window's end is not: rounding must not open the window for one step more."""
+    rounded = float(torch.tensor(0.7, dtype=torch.float32))
+    assert rounded < 0.7 < (above := 0.7 * (1 + 1e-7))
+    window = nodes.schedule.window(0.0, 0.3, lambda percent: 1 - percent if percent < 1 else 0.0)
+    assert [window.holds(sigma) for sigma in (rounded, 0.7, above, 0.7001)] == [False, False, False, True]
+    starts = nodes.schedule.window(0.3, 1.0, lambda percent: 1 - percent)
+    assert [starts.holds(sigma) for sigma in (rounded, 0.7, above, 0.7001)] == [True, True, True, False]
 
 
 @pytest.mark.parametrize(("start", "last"), [(0, 3), (2, 5), (3, 8), (5, 10000)])
@@ -201,7 +228,7 @@ def test_an_empty_schedule_runs_nothing(nodes, tiny, patched):
 
 def test_facts_of_a_run(nodes, tiny, patched, last_run):
     model = tiny("wan_t2v")
-    settings = nodes.patch.Settings(topk=0.3, min_tokens=0, dense_blocks=((5, 6), (-9, -9)))
+    settings = nodes.settings.Settings(topk=0.3, min_tokens=0, dense_blocks="5-6, -9")
     comfy_models.sample(model, nodes.patch.install(model.patcher, settings, "17"))
     run = last_run()
     assert (run["node"], run["model"], run["family"], run["backend"], run["device"]) == ("17", "WanModel", "Wan", "torch", "cpu")
@@ -215,7 +242,7 @@ def test_facts_of_a_run(nodes, tiny, patched, last_run):
 
 @pytest.mark.parametrize(("total", "expected"), [(None, [True, False, None, None, None]), (5, [True, False, False, True, True])])
 def test_layer_listed(nodes, total, expected):
-    listed = nodes.run_state.layer_listed
+    listed = nodes.settings.layer_listed
     cases = [(0, ((0, 0),)), (1, ((0, 0), (3, 4))), (2, ((-1, -1),)), (4, ((-1, -1),)), (3, ((3, 2), (-2, -1)))]
     assert [listed(layer, ranges, total) for layer, ranges in cases] == expected
 
@@ -235,12 +262,37 @@ def test_steps_of_a_rising_schedule(nodes):
     """ "Unsampling" goes from clean to noise."""
     state = object.__new__(nodes.run_state.RunState)
     state.sigmas, state.step = [0.0, 0.3, 0.6, 1.0], 0
-    state.telemetry = nodes.telemetry.Runs().open(node="n", owner="o", facts={}, sigmas=state.sigmas)
+    state.telemetry = nodes.telemetry.Runs().open(node="n", owner="o", metadata={}, sigmas=state.sigmas)
     steps = []
     for sigma in (0.0, 0.3, 0.45, 0.6):
         state.at(torch.tensor([sigma]))
         steps.append(state.step)
     assert steps == [0, 1, 1, 2]
+
+
+def test_finished_steps_do_not_come_back(direct):
+    """Samplers that restart go back to an earlier step, which is not the one that they say is done."""
+    state, seen = direct().state, []
+    state.sigmas = state.telemetry.sigmas = [1.0, 0.75, 0.5, 0.25, 0.0]
+    for sigma in (1.0, 0.5, 0.75, 0.5, 0.25):
+        state.at(torch.tensor([sigma]))
+        seen.append((state.step, state.telemetry.finished))
+    assert seen == [(0, 0), (2, 2), (1, 2), (2, 2), (3, 3)]
+
+
+def test_a_shorter_model_call_counts_no_layers_away(nodes, direct):
+    """Another node may leave layers out in some model calls; negative numbers in dense_blocks count from the end of the whole model."""
+    ours = direct(dense_blocks="-1")
+    for layers in (5, 3):
+        ours.context.layers = layers
+        ours.context.finish()
+        assert ours.patch.total_layers == ours.run.total_layers == 5
+    ours.context.layers = 2
+    q, k, v = (torch.randn(1, 2, 200, 64) for _ in range(3))
+    for _ in (2, 3, 4):
+        ours(q, k, v, 2, skip_reshape=True)
+    cells = {cell["layer"]: cell["reasons"] for cell in ours.closed()["cells"]}
+    assert cells == {2: {}, 3: {}, 4: {"block is listed in dense_blocks": 1}}
 
 
 def test_a_rising_schedule_is_sparse_from_its_first_call(tiny, patched, last_run):

@@ -1,4 +1,4 @@
-"""What travels to the browser: sizes, the routes on a real aiohttp app and a real server, pictures laid back over frames."""
+"""What travels to the browser: sizes, maps, the routes on a real aiohttp app and a real server."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Clock:
 
 
 def record(nodes, run, step, layer, heads, place=None, n_q=256, n_k=512, ms=12.3456):
-    """One sparse call; `heads` is its picture, uint8 (H, R, C)."""
-    pooled = nodes.telemetry.Pooled(heads, n_q, n_k, place)
+    """One sparse call; `heads` are the pooled maps of its heads, uint8 (H, R, C)."""
     count = heads.shape[0]
-    run.sparse(step, layer, 32760, torch.full((1, count), 1 / 3), torch.zeros(1, count), Clock(ms), shape=("s",), pooled=pooled)
+    numbers = {"density": torch.full((1, count), 1 / 3), "pv_skipped": torch.zeros(1, count)}
+    run.sparse(nodes.recorder.Timed(step, layer, 32760, Clock(ms), "s"), numbers, nodes.maps.Pooled(heads, n_q, n_k, place))
 
 
 @pytest.fixture
 def opened(nodes):
     def make(steps=3, monitors=("7",), **others):
         sigmas = [1 - i / steps for i in range(steps + 1)]
-        return nodes.telemetry.runs.open(node="1", owner="o", facts={}, sigmas=sigmas, monitors=dict.fromkeys(monitors, False), **others)
+        return nodes.telemetry.runs.open(node="1", owner="o", metadata={}, sigmas=sigmas, monitors=dict.fromkeys(monitors, False), **others)
 
     return make
 
@@ -63,7 +63,7 @@ def test_messages_of_a_large_run_are_small(nodes, opened, browser):
     """60 blocks of 24 heads, 50 steps, with as many reasons as a run can have: every message below 64 KB, and all of them within 1 MB."""
     run, heads = opened(STEPS), picture(1, HEADS)
     for i in range(100):
-        run.dense(0, None, 77, f"reason {i}: " + "of the longer kind " * 4, None)
+        run.dense(nodes.recorder.Timed(0, None, 77), f"reason {i}: " + "of the longer kind " * 4)
     for step in range(STEPS):
         for layer in range(LAYERS):
             record(nodes, run, step, layer, heads)
@@ -73,11 +73,17 @@ def test_messages_of_a_large_run_are_small(nodes, opened, browser):
     nodes.transport.publish(run)
     assert max(map(size, browser.sent)) < 64 << 10 and sum(map(size, browser.sent)) < 1 << 20
     assert [len(m["cells"]) for m in browser.sent] == [LAYERS] * STEPS + [0]  # each cell once
-    assert browser.sent[3]["cells"][5] == [3, 5, 0.3333, 0, 12.346, 1, 0, None]
+    assert browser.sent[3]["cells"][5] == [3, 5, 0.3333, 0.0, 12.3456, 1, 0]
+    assert browser.sent[3]["step_totals"] == [[3, None, 0.3333, 0.0, 740.736, LAYERS, 0]] and browser.sent[-1]["step_totals"] == []
     assert len(browser.sent[0]["reasons"]) == 16
     status, whole = nodes.transport.answer_runs({"monitor": "7"})
-    assert status == 200 and len(whole["runs"][0]["cells"]) == STEPS * LAYERS and size(whole) < 256 << 10
-    assert run.map_bytes == STEPS * LAYERS * 64 * 64 < nodes.telemetry.MAX_MAP_BYTES and run.map_every == 1
+    assert (
+        status == 200
+        and len(whole["runs"][0]["cells"]) == STEPS * LAYERS
+        and len(whole["runs"][0]["step_totals"]) == STEPS
+        and size(whole) < 256 << 10
+    )
+    assert run.maps.nbytes == STEPS * LAYERS * 64 * 64 < nodes.maps.MAX_BYTES and run.maps.every == 1
     assert size(nodes.transport.answer_map({"run": str(run.number), "step": "49", "layer": "59", "head": "23"})[1]) < 64 << 10
 
 
@@ -88,7 +94,8 @@ def test_a_cell_that_grows_is_told_again(nodes, opened, browser):
         record(nodes, run, 0, 0, picture(1), ms=2.0)
         run.end_step()
         nodes.transport.publish(run)
-    assert [m["cells"] for m in browser.sent] == [[[0, 0, 0.3333, 0, 2, 1, 0, None]], [[0, 0, 0.3333, 0, 4, 2, 0, None]]]
+    assert [m["cells"] for m in browser.sent] == [[[0, 0, 0.3333, 0, 2, 1, 0]], [[0, 0, 0.3333, 0, 4, 2, 0]]]
+    assert [m["step_totals"] for m in browser.sent] == [[[0, None, 0.3333, 0, 2, 1, 0]], [[0, None, 0.3333, 0, 4, 2, 0]]]
 
 
 # Maps.
@@ -96,31 +103,33 @@ def test_a_cell_that_grows_is_told_again(nodes, opened, browser):
 
 def test_old_steps_thin_out(nodes, opened, monkeypatch):
     """Within its bound a run keeps every step; beyond, every second, every fourth ... and always the latest."""
-    monkeypatch.setattr(nodes.telemetry, "MAX_MAP_BYTES", 4 * 64 * 64)
+    monkeypatch.setattr(nodes.maps, "MAX_BYTES", 4 * 64 * 64)
     run, kept = opened(11), []
     for step in range(11):
         record(nodes, run, step, 0, picture(step))
         run.end_step()
-        kept.append([at for at, _ in sorted(run.maps)])
-        assert run.map_bytes <= 4 * 64 * 64
+        kept.append([step for step, _ in sorted(run.maps.kept)])
+        assert run.maps.nbytes <= 4 * 64 * 64
     assert kept[3] == [0, 1, 2, 3] and kept[4] == [0, 2, 4] and kept[5] == [0, 2, 4, 5]
-    assert kept[6] == [0, 2, 4, 6] and kept[7] == [0, 4, 7] and kept[8] == [0, 4, 8] and kept[10] == [0, 4, 8, 10] and run.map_every == 4
+    assert kept[6] == [0, 2, 4, 6] and kept[7] == [0, 4, 7] and kept[8] == [0, 4, 8] and kept[10] == [0, 4, 8, 10] and run.maps.every == 4
     close(nodes, run)
     status, said = nodes.transport.answer_map({"run": str(run.number), "step": "5", "layer": "0"})
     assert (status, said) == (404, {"error": "the map of step 5 was dropped to save memory: every 4 steps one is kept"})
 
 
 def test_maps_of_all_runs_are_bounded(nodes, opened, monkeypatch):
-    """The oldest runs lose theirs; the heads stay with the newest run alone."""
+    """Of eight runs the oldest lose theirs, as soon as there is no room; the heads stay with the newest run alone."""
     monkeypatch.setattr(nodes.telemetry, "MAX_STORED_MAP_BYTES", 5 * 64 * 64)
     runs = []
-    for _ in range(4):
+    for closed in range(8):
         runs.append(opened(2))
         for step in range(2):
             record(nodes, runs[-1], step, 0, picture(step))
             runs[-1].end_step()
         close(nodes, runs[-1])
-    assert [len(run.maps) for run in runs] == [0, 0, 2, 2] and [run.head_maps[0] for run in runs] == [-1, -1, -1, 1]
+        assert [len(run.maps.kept) for run in runs] == ([0] * closed + [2, 2])[-closed - 1 :] and sum(run.maps.nbytes for run in runs) <= 5 * 64 * 64
+        assert [run.maps.heads.step for run in runs] == [-1] * closed + [1]
+    assert len(nodes.telemetry.runs.closed) == 8
     status, said = nodes.transport.answer_map({"run": str(runs[0].number), "step": "0", "layer": "0"})
     assert status == 404 and said["error"] == f"the maps of run {runs[0].number} were dropped to make room for newer runs"
 
@@ -153,7 +162,7 @@ def test_map_of_a_step(nodes, opened):
         assert ask(run=run.number, step=1, layer=4, head=3) == (404, {"error": "head must be below 3, got 3"})
         assert ask(run=run.number, step=2, layer=4)[0] == ask(run=run.number, step=1, layer=5)[0] == 404
     unseen = opened(monitors=())
-    unseen.sparse(0, 0, 256, torch.ones(1, 2), torch.zeros(1, 2), Clock())
+    unseen.sparse(nodes.recorder.Timed(0, 0, 256, Clock()), {"density": torch.ones(1, 2), "pv_skipped": torch.zeros(1, 2)})
     close(nodes, unseen)
     assert ask(run=unseen.number, step=0, layer=0) == (404, {"error": f"run {unseen.number} had no monitor, so no maps were kept"})
 
@@ -162,55 +171,23 @@ def test_a_closed_run_keeps_host_arrays_only(nodes, opened):
     run = opened()
     record(nodes, run, 0, 0, picture(1))
     run.end_step()
-    (heads,) = run.head_maps[1][0]
+    (heads,) = run.maps.heads.layers[0]
     assert isinstance(heads, torch.Tensor)
     run.close()
-    assert all(isinstance(x, np.ndarray) for x in [*run.head_maps[1][0], *(p.values for p in run.maps.values())])
+    assert all(isinstance(x, np.ndarray) for x in [*run.maps.heads.layers[0], *(pooled.values for pooled in run.maps.kept.values())])
 
 
-PLACES = {
-    "rows": ("row_major", ((3, 20, 22),), 0),
-    "tiles behind text": ("tiles", (7, (5, 12, 14)), 1),
-    "hilbert with a reference": ("hilbert", (9, (1, 30, 20), (1, 16, 10)), 1),
-    "large": ("tiles", ((40, 70, 66),), 0),
-    "one row": ("tiles", ((1, 1, 90),), 0),
-}
-
-
-@pytest.mark.parametrize("name", PLACES)
-def test_frames(nodes, name):
-    """Token by token, from the order plan's permutation: what its block of queries keeps, and how often its block of keys is kept."""
-    kind, segments, number = PLACES[name]
-    plan = nodes._kernels.order_plan(kind, segments)
-    n_q, n_k = -(-plan.length // nodes.transport.BLOCK_Q), -(-plan.length // nodes.transport.BLOCK_K)
-    values = picture(3, 1, min(64, n_q), min(64, n_k))[0].numpy()
-    told = nodes.transport.frames(values, nodes.telemetry.Picture(values, n_q, n_k, PLACES[name]))
-    lengths = [s if isinstance(s, int) else s[0] * s[1] * s[2] for s in segments]
-    start, (grid_t, grid_h, grid_w) = sum(lengths[:number]), segments[number]
-    shape = (min(32, grid_t), min(64, grid_h), min(64, grid_w))
-    assert (told["t"], told["h"], told["w"]) == shape
-    blocks = values.astype(float)  # of every block pair, as far as the picture tells
-    rows, columns = (np.repeat(np.arange(len(e) - 1), np.diff(e)) for e in (edges(n_q, values.shape[0]), edges(n_k, values.shape[1])))
-    blocks = blocks[rows][:, columns]
-    for key, shares, block in (("queries", blocks.mean(1), 128), ("keys", blocks.mean(0), 64)):
-        tokens = np.zeros(plan.length)
-        tokens[plan.perm.numpy()] = shares[np.arange(plan.length) // block]  # in the caller's order
-        grid = tokens[start : start + lengths[number]].reshape(grid_t, grid_h, grid_w)
-        for axis, cells in enumerate(shape):
-            at = [np.flatnonzero(np.arange(grid.shape[axis]) * cells // grid.shape[axis] == c) for c in range(cells)]
-            grid = np.stack([grid.take(i, axis).mean(axis) for i in at], axis)
-        got = np.frombuffer(base64.b64decode(told[key]), np.uint8).reshape(shape)
-        assert abs(got - grid).max() <= 0.51, key
-        assert len(values) == 1 or got.std() > 1, "the picture is flat: this test sees nothing"
-
-
-def edges(n: int, cells: int):
-    return [i * n // cells for i in range(cells + 1)]
-
-
-def test_block_sizes_are_the_kernels(pack, nodes):
-    sizes = importlib.import_module(f"{pack.__name__}.kernels.block_mask")
-    assert (nodes.transport.BLOCK_Q, nodes.transport.BLOCK_K) == (sizes.BLOCK_Q, sizes.BLOCK_K)
+def test_frames_travel_as_text(nodes, opened):
+    """Of a map whose place in the latent is known: bytes of the same arrays that a report draws."""
+    place = nodes.maps.Place("row_major", ((2, 16, 24),), 0)
+    run = opened()
+    record(nodes, run, 0, 0, picture(5, 2, 6, 12), place, n_q=6, n_k=12)
+    close(nodes, run)
+    frames = nodes.maps.frames(run.maps.kept[0, 0])
+    status, answer = nodes.transport.answer_map({"run": str(run.number), "step": "0", "layer": "0"})
+    assert status == 200 and {name: answer["frames"][name] for name in "thw"} == {"t": 2, "h": 16, "w": 24}
+    for name in ("queries", "keys"):
+        assert base64.b64decode(answer["frames"][name]) == getattr(frames, name).tobytes()
 
 
 # Routes.
@@ -247,7 +224,7 @@ def test_runs_route(nodes, opened, registered):
     found = ask(registered, "/sparge_attention/runs?monitor=7", "/api/sparge_attention/runs?" + urlencode({"monitor": "5:12"}),
                 "/sparge_attention/runs?monitor=12")  # fmt: skip
     latest = mine.number
-    assert [status for status, _ in found] == [200, 200, 200] and all(answer["version"] == 1 for _, answer in found)
+    assert [status for status, _ in found] == [200, 200, 200] and all(answer["version"] == 2 for _, answer in found)
     assert [[run["run"] for run in answer["runs"]] for _, answer in found] == [[latest - 4, latest - 3, latest - 1, latest], [latest - 2], []]
     assert [run["state"] for run in found[0][1]["runs"]] == ["done"] * 3 + ["running"]
 
@@ -294,7 +271,7 @@ def test_two_copies_of_the_pack(nodes, opened, registered):
         asyncio.run(second.comfy_entrypoint())
         store = importlib.import_module(name + ".nodes.telemetry").runs
         store.latest = 100
-        theirs = store.open(node="1", owner="o", facts={}, sigmas=[1.0, 0.0], monitors={"7": True})
+        theirs = store.open(node="1", owner="o", metadata={}, sigmas=[1.0, 0.0], monitors={"7": True})
         assert [run["run"] for run in ask(registered, "/sparge_attention/runs?monitor=7")[0][1]["runs"]] == [theirs.number]
         assert len(registered) == 2
     finally:

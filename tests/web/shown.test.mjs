@@ -1,13 +1,13 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { cellText, duration, facts, headline, integer, share } from "../../web/js/lib/format.js";
+import { cellText, duration, headline, integer, numberText, progress, share } from "../../web/js/lib/format.js";
+import { cellAt, cellBox, heatMapGrid, moved, ticks, tileColumns } from "../../web/js/lib/heat_map_grid.js";
 import { isFor, namesOf } from "../../web/js/lib/ids.js";
-import { cellAt, cellBox, layout, moved, ticks, tileColumns } from "../../web/js/lib/layout.js";
 import { readMap } from "../../web/js/lib/map.js";
 import { emptyModel, receive, shownRun } from "../../web/js/lib/model.js";
 import { COLOURS, HATCH, STOPS, TABLE, gradient, rgb } from "../../web/js/lib/palette.js";
-import { STRINGS, translator } from "../../web/js/lib/strings.js";
+import { LANGUAGES, STRINGS, translator } from "../../web/js/lib/strings.js";
 
 const t = translator("en");
 
@@ -15,16 +15,16 @@ const t = translator("en");
 
 test("every language has the same sentences with the same blanks", () => {
   const blanks = (text) => [...new Set(text.match(/\{\w+\}/g) ?? [])].sort();
-  for (const [language, strings] of Object.entries(STRINGS)) {
-    assert.deepEqual(Object.keys(strings), Object.keys(STRINGS.en), language);
-    for (const [key, text] of Object.entries(strings)) assert.deepEqual(blanks(text), blanks(STRINGS.en[key]), `${language}.${key}`);
+  for (const [key, row] of Object.entries(STRINGS)) {
+    assert.deepEqual(Object.keys(row), LANGUAGES, key);
+    for (const language of LANGUAGES) assert.deepEqual(blanks(row[language]), blanks(row.en), `${language}.${key}`);
   }
 });
 
 test("the language follows the locale, English where it is not spoken", () => {
-  assert.equal(translator("zh")("close"), STRINGS.zh.close);
-  assert.equal(translator("zh-TW")("close"), STRINGS.zh.close);
-  for (const other of ["fr", undefined, null, "", "constructor"]) assert.equal(translator(other)("close"), STRINGS.en.close);
+  assert.equal(translator("zh")("close"), STRINGS.close.zh);
+  assert.equal(translator("zh-TW")("close"), STRINGS.close.zh);
+  for (const other of ["fr", undefined, null, "", "constructor"]) assert.equal(translator(other)("close"), STRINGS.close.en);
   assert.equal(t("stepOf", { step: 3, steps: 20 }), "step 3 of 20");
 });
 
@@ -52,15 +52,30 @@ test("the headline says what was measured, and nothing else", () => {
   assert.equal(headline(run({ sparse_calls: 0 }, { state: "done" }), t), "nothing ran sparse");
 });
 
-test("facts and cells in words", () => {
-  const cells = [[0, 0, 0.25, 0.125, 8.3, 2, 1, null], [0, 1, null, null, 40, 0, 3, null], [1, 0, 0.5, 0, 3, 1, 0, 0.02]];
-  const message = { version: 1, run: 1, state: "running", step: 1, steps: 3, layers: 2, heads: 24, tokens: 32760, cells };
+test("progress and cells in words", () => {
+  const index = (name) => ({ name, unit: "index" });
+  const shares = ["density", "pv_skipped"].map((name) => ({ name, unit: "share", label: name === "density" ? name : "PV skipped" }));
+  const calls = ["sparse_calls", "dense_calls"].map((name) => ({ name, unit: "calls", label: name }));
+  const columns = [index("step"), index("layer"), ...shares, { name: "ms", unit: "ms", label: "time" }, ...calls];
+  const cells = [[0, 0, 0.25, 0.125, 8.3, 2, 1], [0, 1, null, null, 40, 0, 3], [1, 0, 0.5, 0, 3, 1, 0]];
+  const message = { version: 2, run: 1, state: "running", step: 1, steps: 3, layers: 2, heads: 24, tokens: 32760, columns, cells };
   const shown = shownRun(receive(emptyModel(), message));
-  assert.equal(facts(shown, t), "running · step 1 of 3 · 2 layers · 24 heads · 32,760 tokens");
-  assert.equal(cellText(shown, { step: 0, layer: 0 }, t), "step 1, layer 0: density 0.25, skipped PV 0.13, 8.3 ms, 2 sparse, 1 dense");
+  assert.equal(progress(shown, t), "running · step 1 of 3 · 2 layers · 24 heads · 32,760 tokens");
+  assert.equal(cellText(shown, { step: 0, layer: 0 }, t), "step 1, layer 0: density 0.25, PV skipped 0.13, 8.3 ms, 2 sparse, 1 dense");
   assert.equal(cellText(shown, { step: 0, layer: 1 }, t), "step 1, layer 1: 40 ms, 3 dense");
-  assert.equal(cellText(shown, { step: 1, layer: 0 }, t), "step 2, layer 0: density 0.50, skipped PV 0, estimated error 0.020, 3.0 ms, 1 sparse");
+  assert.equal(cellText(shown, { step: 1, layer: 0 }, t), "step 2, layer 0: density 0.50, PV skipped 0, 3.0 ms, 1 sparse");
   assert.equal(cellText(shown, { step: 2, layer: 1 }, t), "step 3, layer 1: not run");
+});
+
+test("a number is written as its unit is", () => {
+  assert.deepEqual(["share", "ms", "calls", "eggs"].map((unit) => numberText(unit, 1234, t)), ["1234.00", "1.2 s", "1,234", "1,234"]);
+  assert.equal(numberText("share", undefined, t), "–");
+});
+
+test("a statistic is called as the language has it, else as the message says", () => {
+  const column = { name: "density", label: "density" };
+  assert.deepEqual([t.label(column), translator("zh").label(column), translator("zh").label({ name: "energy", label: "energy kept" })],
+    ["density", "密度", "energy kept"]);
 });
 
 // Colours
@@ -99,7 +114,7 @@ test("the greys of a dense cell are no colour of the scale", () => {
 
 for (const [width, height, steps, layers, ratio] of [[440, 240, 50, 60, 1], [440, 240, 20, 6, 2], [301, 173, 7, 3, 1.5], [200, 100, 150, 90, 1]]) {
   test(`every pixel of a ${steps} x ${layers} map belongs to the cell that is painted there, at ratio ${ratio}`, () => {
-    const grid = layout(width, height, steps, layers, ratio);
+    const grid = heatMapGrid(width, height, steps, layers, ratio);
     for (let step = 0; step < steps; step++) {
       for (let layer = 0; layer < layers; layer++) {
         const box = cellBox(grid, step, layer);
@@ -114,14 +129,14 @@ for (const [width, height, steps, layers, ratio] of [[440, 240, 50, 60, 1], [440
 }
 
 test("beside the grid there is no cell", () => {
-  const grid = layout(440, 240, 5, 5);
+  const grid = heatMapGrid(440, 240, 5, 5);
   for (const [x, y] of [[0, 50], [439, 50], [100, 0], [100, 239], [NaN, 50]]) assert.equal(cellAt(grid, x, y), null);
-  assert.equal(cellAt(layout(440, 240, 0, 0), 100, 100), null);
-  assert.equal(cellAt(layout(0, 0, 5, 5), 0, 0), null);
+  assert.equal(cellAt(heatMapGrid(440, 240, 0, 0), 100, 100), null);
+  assert.equal(cellAt(heatMapGrid(0, 0, 5, 5), 0, 0), null);
 });
 
 test("cells do not overlap", () => {
-  const grid = layout(333, 222, 13, 17);
+  const grid = heatMapGrid(333, 222, 13, 17);
   for (let i = 1; i < 13; i++) assert.ok(cellBox(grid, i - 1, 0).x + cellBox(grid, i - 1, 0).width <= cellBox(grid, i, 0).x);
 });
 
@@ -154,7 +169,8 @@ test("tiles fill their box", () => {
 
 // Ids
 
-const inner = { nodes: [] };
+const deepest = { nodes: [] };
+const inner = { nodes: [{ id: 7, subgraph: deepest }] };
 const middle = { nodes: [{ id: 8, subgraph: inner }, { id: 9 }] };
 const root = { nodes: [{ id: 1 }, { id: 5, subgraph: middle }, { id: "6", subgraph: middle }] };
 
@@ -162,7 +178,19 @@ test("a node is called by its way through the subgraphs", () => {
   assert.deepEqual(namesOf({ id: 12, graph: root }, root), ["12"]);
   assert.deepEqual(namesOf({ id: "12", graph: root }, root), ["12"]);
   assert.deepEqual(namesOf({ id: 3, graph: inner }, root), ["5:8:3", "6:8:3"]);
+  assert.deepEqual(namesOf({ id: 4, graph: deepest }, root), ["5:8:7:4", "6:8:7:4"]);
   assert.deepEqual(namesOf({ id: 9, graph: { nodes: [] } }, root), []);
+});
+
+test("subgraphs deep in each other are followed, and a circle ends", () => {
+  const graphs = Array.from({ length: 18 }, () => ({ nodes: [] }));
+  for (let depth = 1; depth < 18; depth++) graphs[depth - 1].nodes.push({ id: depth, subgraph: graphs[depth] });
+  const way = (depth) => Array.from({ length: depth }, (_, n) => n + 1).join(":");
+  assert.deepEqual(namesOf({ id: "x", graph: graphs[16] }, graphs[0]), [`${way(16)}:x`]);
+  assert.deepEqual(namesOf({ id: "x", graph: graphs[17] }, graphs[0]), [`${way(17)}:x`]);
+  const circle = { nodes: [] };
+  circle.nodes.push({ id: 1, subgraph: circle });
+  assert.deepEqual(namesOf({ id: "x", graph: { nodes: [] } }, circle), []);
 });
 
 test("messages find their monitors", () => {
@@ -176,11 +204,11 @@ test("messages find their monitors", () => {
 
 test("a block map is read, and a damaged one refused", () => {
   const text = (bytes) => Buffer.from(bytes).toString("base64");
-  const answer = { version: 1, rows: 2, columns: 3, n_q: 5, n_k: 9, values: text([0, 1, 2, 3, 4, 255]), frames: null };
+  const answer = { version: 2, rows: 2, columns: 3, n_q: 5, n_k: 9, values: text([0, 1, 2, 3, 4, 255]), frames: null };
   assert.deepEqual([...readMap(answer).values], [0, 1, 2, 3, 4, 255]);
   assert.equal(readMap(answer).frames, null);
   const frames = { t: 2, h: 1, w: 2, queries: text([1, 2, 3, 4]), keys: text([5, 6, 7, 8]) };
   assert.deepEqual([...readMap({ ...answer, frames }).frames.keys], [5, 6, 7, 8]);
-  const wrong = [null, { ...answer, version: 2 }, { ...answer, rows: 3 }, { ...answer, values: "" }, { ...answer, frames: { ...frames, t: 3 } }];
+  const wrong = [null, { ...answer, version: 1 }, { ...answer, rows: 3 }, { ...answer, values: "" }, { ...answer, frames: { ...frames, t: 3 } }];
   for (const broken of wrong) assert.throws(() => readMap(broken), Error);
 });

@@ -49,13 +49,19 @@ COUNTER = """(() => {
 
 # Messages of a made-up run for the monitor: 50 steps of 60 layers.
 MADE_UP = """(() => {
-  const cells = (step) => Array.from({ length: 60 }, (_, layer) => step < 4 || layer < 2 ? [step - 1, layer, null, null, 90 + layer, 0, 1, null]
-    : [step - 1, layer, 0.1 + 0.5 * Math.abs(Math.sin(layer / 7 + step / 9)), 0.05 + layer / 900, 30 + layer / 3, 1, 0, null]);
+  const column = (name, unit, label) => ({ name, unit, label });
+  const columns = [column("step", "index"), column("layer", "index"), column("density", "share", "density"),
+    column("pv_skipped", "share", "PV skipped"), column("ms", "ms", "time"), column("sparse_calls", "calls", "sparse calls"),
+    column("dense_calls", "calls", "dense calls")];
+  const cells = (step) => Array.from({ length: 60 }, (_, layer) => step < 4 || layer < 2 ? [step - 1, layer, null, null, 90 + layer, 0, 1]
+    : [step - 1, layer, 0.1 + 0.5 * Math.abs(Math.sin(layer / 7 + step / 9)), 0.05 + layer / 900, 30 + layer / 3, 1, 0]);
+  const stepTotal = (step) => step < 4 ? [step - 1, null, null, null, 7170, 0, 60] : [step - 1, null, 0.42, 0.08, 2500, 58, 2];
   const reasons = (step) => [["cross-attention to 512 tokens", 60 * step], ["outside the step window (start_percent, end_percent)", 180]];
-  const totals = { sparse_calls: 100, dense_calls: 60, density: 0.13, pv_skipped: 0.05, sparse_ms: 9000, dense_ms: 4000, speedup: 3.12,
-    saved_ms: 41000, measuring_ms: 12 };
-  window.madeUp = (step, changes = {}) => ({ version: 1, run: 1000, monitors: ["12"], state: "running", step, steps: 50, layers: 60, heads: 24,
-    tokens: 32760, cells: step ? cells(step) : [], reasons: reasons(step), warning: null, note: null, totals, ...changes });
+  const totals = { density: 0.13, pv_skipped: 0.05, ms: 13000, sparse_calls: 100, dense_calls: 60, speedup: 3.12, saved_ms: 41000,
+    measuring_ms: 12 };
+  window.madeUp = (step, changes = {}) => ({ version: 2, run: 1000, monitors: ["12"], state: "running", step, steps: 50, layers: 60, heads: 24,
+    tokens: 32760, columns, cells: step ? cells(step) : [], step_totals: step ? [stepTotal(step)] : [], reasons: reasons(step), warning: null,
+    note: null, totals, ...changes });
   window.send = (message) => app.api.dispatchEvent(new CustomEvent("sparge.run", { detail: message }));
 })()"""
 
@@ -135,7 +141,7 @@ class Desk:
         """The text of one part of the panel."""
         return self.page.evaluate(f"{PANEL}.querySelector('{name}').textContent")
 
-    def wait_facts(self, pattern: str, timeout: float = 30.0) -> str:
+    def wait_progress(self, pattern: str, timeout: float = 30.0) -> str:
         return self.page.wait_for(f"({PANEL}?.querySelector('.sparge-row')?.textContent.match(/{pattern}/) ?? [null])[0]", timeout)
 
     def box(self, name: str) -> dict:
@@ -169,7 +175,7 @@ def workflow(seed: int, steps: int = STEPS, length: int = 9, cdfthreshd: float =
     whole = json.loads(file.read_text(encoding="utf-8"))
     nodes = {node["id"]: node for node in whole["nodes"] if node["id"] <= 6}
     links = [link for link in whole["links"] if link[1] in nodes and link[3] in nodes]
-    values = {3: {5: 256, 7: cdfthreshd}, 5: {0: 320, 1: 256, 2: length}, 6: {0: seed, 2: steps}}
+    values = {3: {6: 256, 8: cdfthreshd}, 5: {0: 320, 1: 256, 2: length}, 6: {0: seed, 2: steps}}
     for identity, changes in () if whole_size else values.items():
         for at, value in changes.items():
             nodes[identity]["widgets_values"][at] = value
@@ -198,9 +204,9 @@ def queue(desk: Desk) -> None:
 
 def test_a_run_fills_the_monitor_and_a_click_opens_the_block_map(desk):
     desk.drop(workflow(seed=1))
-    desk.wait_facts("Waiting")
+    desk.wait_progress("Waiting")
     queue(desk)
-    desk.wait_facts(f"done · step {STEPS} of {STEPS} · {LAYERS} layers · 2 heads")
+    desk.wait_progress(f"done · step {STEPS} of {STEPS} · {LAYERS} layers · 2 heads")
     assert re.match(r"attention [\d.]+x (faster|slower) than dense \(measured\)", desk.text(".sparge-headline"))
     assert re.search(r"\d x cross-attention to 16 tokens", desk.text(".sparge-reasons"))
     # Every cell of the map is painted: half way between two cells there may be a gap, so the middles are looked at.
@@ -215,6 +221,16 @@ def test_a_run_fills_the_monitor_and_a_click_opens_the_block_map(desk):
       return count;
     }})()""")
     assert painted == STEPS * LAYERS
+    buttons = f"[...{PANEL}.querySelectorAll('.sparge-choice')[0].children].map((button) => button.textContent)"
+    assert desk.page.evaluate(buttons) == ["density", "PV skipped", "time"]
+    (run,) = desk.server.get(f"/sparge_attention/runs?monitor={MONITOR}")["runs"]
+    last = dict(zip([column["name"] for column in run["columns"]], run["step_totals"][-1], strict=True))
+    table = desk.page.evaluate(f"[...{PANEL}.querySelectorAll('tr')].map((row) => [...row.children].map((field) => field.textContent))")
+    assert table[0] == ["", "density", "PV skipped", "time", "sparse calls", "dense calls"]
+    assert [row[0] for row in table[1:]] == [f"step {STEPS}", "whole run"]
+    for row, numbers in zip(table[1:], (last, run["totals"]), strict=True):
+        assert row[4:] == [f"{numbers[name]:,}" for name in ("sparse_calls", "dense_calls")]
+        assert float(row[1]) == pytest.approx(numbers["density"], abs=0.0051)
     desk.shot("done")
     paper = desk.box(".sparge-paper")
     desk.page.click(paper["x"] + paper["width"] * (STEPS - 0.5) / STEPS, paper["y"] + paper["height"] * 2.5 / LAYERS)
@@ -262,7 +278,7 @@ def test_a_node_that_takes_the_place_of_another_has_its_panel(desk):
       app.graph.configure(whole);
       return new Promise((done) => setTimeout(() => done({PANEL} !== before && !before.isConnected), 500));
     }})()""")
-    desk.wait_facts(f"done · step {STEPS} of {STEPS}")
+    desk.wait_progress(f"done · step {STEPS} of {STEPS}")
     desk.look()
     desk.shot("replaced")
 
@@ -275,14 +291,14 @@ def test_a_monitor_in_a_subgraph_follows_its_runs(desk):
       window.around = app.graph.convertToSubgraph(new Set([node])).node;
       {enter};
     }})()""")
-    desk.wait_facts("Waiting")
+    desk.wait_progress("Waiting")
     queue(desk)
-    desk.wait_facts("done · step 3 of 3", 15)
+    desk.wait_progress("done · step 3 of 3", 15)
     desk.page.evaluate(f"""app.loadGraphData((app.rootGraph ?? app.graph).serialize(), true, true, 'inside').then(() => {{
       window.around = app.graph._nodes.find((found) => found.subgraph);
       {enter};
     }})""")
-    desk.wait_facts("done · step 3 of 3", 15)
+    desk.wait_progress("done · step 3 of 3", 15)
     name = desk.page.evaluate("around.id + ':' + around.subgraph._nodes.find((found) => found.type === 'SpargeMonitor').id")
     assert any(url.endswith(f"/sparge_attention/runs?{urlencode({'monitor': name})}") for url, _ in desk.page.requests)
 
@@ -291,19 +307,19 @@ def test_a_page_that_is_reloaded_in_the_middle_of_a_run_goes_on(desk):
     graph = workflow(seed=2, steps=40, length=25)
     desk.drop(graph)
     queue(desk)
-    desk.wait_facts("running · step [1-9]")
+    desk.wait_progress("running · step [1-9]")
     desk.open()
     desk.drop(graph)
-    running = desk.wait_facts(r"running · step \d+ of 40")
+    running = desk.wait_progress(r"running · step \d+ of 40")
     done = int(re.search(r"step (\d+)", running)[1])
     desk.page.evaluate(f"{PANEL}.querySelector('.sparge-heat canvas').focus()")
     for _ in range(2):
         desk.page.key("ArrowLeft")
     assert "not run" not in desk.text(".sparge-cell"), "a step of before the reload is missing"
-    desk.wait_facts(f"running · step {done + 1}|running · step {done + 2}|running · step {done + 3}")
+    desk.wait_progress(f"running · step {done + 1}|running · step {done + 2}|running · step {done + 3}")
     desk.shot("reloaded")
     requests.post(f"{desk.server.url}/interrupt", timeout=30).raise_for_status()
-    desk.wait_facts("ended early")
+    desk.wait_progress("ended early")
 
 
 def test_messages_of_a_long_run_are_drawn_quickly(desk):
@@ -337,6 +353,8 @@ def test_warning_language_and_themes(desk):
     assert desk.text(".sparge-warning") == warning
     assert desk.page.evaluate(f"{PANEL}.querySelector('select').options.length") > 1
     desk.shot("warning")
+    desk.page.evaluate("send(madeUp(52, { version: 3 }))")
+    desk.page.wait_for(f"{PANEL}.textContent.includes('another version of Sparge Attention than this page')")
     desk.set(Locale="zh", ColorPalette="light")
     desk.open()
     desk.drop(workflow(seed=3))

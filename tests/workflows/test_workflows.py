@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+from pathlib import Path
 
 import build_workflows
 import canvas
@@ -21,6 +23,12 @@ from required import missing
 NAMES = sorted(path.stem for path in build_workflows.FOLDER.glob("*.json"))
 OURS = {"SpargeAttention", "SpargeMonitor", "SpargeReport"}
 DIRECTORIES = {"diffusion_models", "checkpoints", "text_encoders", "vae", "clip_vision"}
+# The files as they were before the inputs stood in the order of their importance, and the order that their values have.
+OLD = Path(__file__).resolve().parent / "old_order"
+OLD_WIDGETS = [
+    "topk", "pvthreshd", "start_percent", "end_percent", "dense_blocks", "min_tokens", "simthreshd1", "cdfthreshd", "token_order", "compensate",
+    "protect_references", "backend", "preset",
+]  # fmt: skip
 HUB_FILE = re.compile(r"https://huggingface\.co/[\w.-]+/[\w.-]+/resolve/main/[\w./-]+")
 
 
@@ -260,3 +268,106 @@ def test_a_small_twin_samples_sparse(stocked, prompts, name):
     assert len(saved) == 1
     picture = entry["outputs"][saved[0]]["images"][0]
     assert (stocked.server.output / picture["subfolder"] / picture["filename"]).stat().st_size > 1000
+
+
+# Files from before the inputs had their order.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_old_file_opens_with_its_values(stocked, name):
+    """In the real front end: every value under its own name, every link where it was, and the socket that is gone is gone."""
+    workflow = json.loads((OLD / f"{name}.json").read_text(encoding="utf-8"))
+    stocked.drop(workflow)
+    prompt = stocked.prompt()
+    of = {str(node["id"]): node for node in of_kind(workflow, "SpargeAttention")}
+    assert of and all(len(node["widgets_values"]) == len(OLD_WIDGETS) for node in of.values())
+    for identity, node in of.items():
+        given = prompt[identity]["inputs"]
+        (link,) = (link for link in workflow["links"] if link[3] == node["id"])
+        assert given == dict(zip(OLD_WIDGETS, node["widgets_values"], strict=True)) | {"model": [str(link[1]), link[2]]}
+    assert sockets(stocked) == {identity: [["model", False]] for identity in of}
+    today = load(name)
+    assert {n: node["inputs"] for n, node in prompt.items()} == {n: node["inputs"] for n, node in opened(stocked, today).items()}
+    assert send(stocked.server, prompt).json().get("node_errors") == {}
+
+
+def opened(desk, workflow: dict) -> dict:
+    desk.page.evaluate(f"app.loadGraphData({json.dumps(workflow)}, true, true, 'opened').then(() => 1)")
+    return desk.prompt()
+
+
+def sockets(desk) -> dict[str, list]:
+    """Of every SpargeAttention in any graph: the names of its joined sockets, and whether their link says another place than they have."""
+    return desk.page.evaluate("""(() => {
+      const root = app.rootGraph ?? app.graph;
+      const found = {};
+      for (const graph of [root, ...root.subgraphs.values()])
+        for (const node of graph._nodes.filter((node) => node.type === "SpargeAttention")) {
+          if (node.inputs.some((input) => input.name === "block_mask")) throw new Error("block_mask is there");
+          found[node.id] = node.inputs.flatMap((input, at) => input.link == null ? [] : [[input.name, graph.getLink(input.link).target_slot !== at]]);
+        }
+      return found;
+    })()""")
+
+
+def in_old_order(node: dict, links: list, with_preset: bool) -> None:
+    """Rewrites a SpargeAttention as front ends saved it then."""
+    values = dict(zip((entry["name"] for entry in node["inputs"] if "widget" in entry), node["widgets_values"], strict=True))
+    inputs = {entry["name"]: entry for entry in node["inputs"]} | {"block_mask": {"name": "block_mask", "type": "SPARGE_BLOCK_MASK", "link": None}}
+    names = ["model", *OLD_WIDGETS[:-1], "policy", "block_mask", "preset"][: None if with_preset else -1]
+    node["inputs"] = [inputs[name] for name in names]
+    node["widgets_values"] = [values[name] for name in OLD_WIDGETS if with_preset or name != "preset"]
+    for link in links:
+        is_list = isinstance(link, list)
+        if (link[3] if is_list else link["target_id"]) == node["id"]:
+            number = link[0] if is_list else link["id"]
+            link[4 if is_list else "target_slot"] = next(at for at, entry in enumerate(node["inputs"]) if entry["link"] == number)
+
+
+VALUES = dict(preset="off", topk=0.3, start_percent=0.1, end_percent=0.9, dense_blocks="1-2", pvthreshd=20.0, min_tokens=512, simthreshd1=0.2,
+              cdfthreshd=0.4, token_order="hilbert", compensate=True, protect_references=True, backend="torch")  # fmt: skip
+
+
+@pytest.mark.parametrize("with_preset", [True, False], ids=["", "before presets"])
+@pytest.mark.parametrize("place", ["graph", "subgraph"])
+def test_an_old_file_with_everything(stocked, place, with_preset):
+    """Every value differs from its default, topk and policy come over links, and the node may stand in a subgraph."""
+    stocked.drop(load("sparge_flux_dev"))
+    stocked.page.evaluate(f"""(() => {{
+      const node = app.graph._nodes.find((found) => found.type === "SpargeAttention");
+      for (const [name, value] of Object.entries({json.dumps(VALUES)})) node.widgets.find((widget) => widget.name === name).value = value;
+      const source = LiteGraph.createNode("PrimitiveFloat");
+      app.graph.add(source);
+      source.connect(0, node, node.findInputSlot("topk"));
+      source.outputs[0].type = "*";
+      source.connect(0, node, node.findInputSlot("policy"));
+      if ({json.dumps(place)} === "subgraph") app.graph.convertToSubgraph(new Set([node, source]));
+    }})()""")
+    today = stocked.page.evaluate("(app.rootGraph ?? app.graph).serialize()")
+    expected = stocked.prompt()
+    (identity,) = (name for name, node in expected.items() if node["class_type"] == "SpargeAttention")
+    given = expected[identity]["inputs"]
+    assert {name for name, value in given.items() if isinstance(value, list)} == {"model", "topk", "policy"}
+    assert all(given[name] == value for name, value in VALUES.items() if name != "topk")
+    old = copy.deepcopy(today)
+    for graph_of_it in [old, *old.get("definitions", {}).get("subgraphs", [])]:
+        for node in of_kind(graph_of_it, "SpargeAttention"):
+            in_old_order(node, graph_of_it["links"], with_preset)
+    assert json.dumps(old) != json.dumps(today) and ("subgraph" in place) == ("definitions" in old and bool(old["definitions"]["subgraphs"]))
+    if not with_preset:
+        given["preset"] = "auto"  # as front ends filled in what a file lacked
+    loaded = opened(stocked, old)
+    assert loaded == expected
+    assert [sorted(joined) for joined in sockets(stocked).values()] == [[["model", False], ["policy", False], ["topk", False]]]
+    assert opened(stocked, today)[identity]["inputs"] == given | ({} if with_preset else {"preset": "off"}), "a file of today is left as it is"
+
+
+def test_a_node_that_is_copied_keeps_its_values(stocked):
+    """The clipboard holds values by position, too."""
+    stocked.drop(load("sparge_flux_dev"))
+    copied = stocked.page.evaluate("""(() => {
+      const node = app.graph._nodes.find((found) => found.type === "SpargeAttention");
+      const other = node.clone();
+      return [node, other].map((found) => found.widgets.map((widget) => [widget.name, widget.value]));
+    })()""")
+    assert copied[0] == copied[1]

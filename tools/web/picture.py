@@ -26,7 +26,7 @@ def main() -> int:
         desk.open()
         desk.drop(test_browser.workflow(seed=1, whole_size=True))
         test_browser.queue(desk)
-        steps = int(desk.wait_facts("done · step (\\d+) of", 600).split()[3])
+        steps = int(desk.wait_progress("done · step (\\d+) of", 600).split()[3])
         node = f"document.querySelector('[data-node-id=\"{test_browser.MONITOR}\"]').getBoundingClientRect()"
         take(desk, node, "monitor.png")
         paper = desk.box(".sparge-paper")

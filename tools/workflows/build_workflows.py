@@ -69,8 +69,8 @@ NOT_MEASURED = (
     "**Speed-up: not yet measured on a GPU.** *Sparge Monitor* measures it on your machine while you sample, *Sparge Report* keeps the numbers. "
     "Calls of fewer than 4,096 tokens stay dense."
 )
-LOWER = "topk 0.35, then 0.25: faster and less exact. Compare with the same seed."
-HIGHER = "If details suffer: topk 0.6, or start_percent 0.1 higher."
+LOWER = "preset fast, or topk 0.25 with preset auto: faster and less exact. Compare with the same seed."
+HIGHER = "If details suffer: preset careful, or preset auto with start_percent 0.1 higher."
 FEW_STEPS = (
     "With a 4 or 8 step LoRA set start_percent to 0 and leave preset on auto: then at most one step stays dense. Put the LoRA between the loader "
     "and Sparge Attention."
@@ -103,7 +103,7 @@ def workflow(name: str, family: str):
 def sparge_values(family: str) -> list:
     """The widgets of Sparge Attention, in their order."""
     row = PRESETS[family]
-    return [row.topk, 15.0, row.start_percent, row.end_percent, row.dense_blocks, 4096, -0.1, 0.0, "auto", False, False, "auto", "auto"]
+    return ["auto", row.topk, row.start_percent, row.end_percent, row.dense_blocks, 15.0, 4096, -0.1, 0.0, "auto", False, False, "auto"]
 
 
 def about(g: Graph, title: str, what: str, expect: str, *following: str) -> None:

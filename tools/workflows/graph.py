@@ -42,9 +42,8 @@ NODES = {
     "ModelSamplingSD3": ("model:MODEL shift=FLOAT", "MODEL:MODEL"),
     "ModelSamplingAuraFlow": ("model:MODEL shift=FLOAT", "MODEL:MODEL"),
     "SpargeAttention": (
-        "model:MODEL policy:SPARGE_POLICY block_mask:SPARGE_BLOCK_MASK topk=FLOAT pvthreshd=FLOAT start_percent=FLOAT end_percent=FLOAT "
-        "dense_blocks=STRING min_tokens=INT simthreshd1=FLOAT cdfthreshd=FLOAT token_order=COMBO compensate=BOOLEAN protect_references=BOOLEAN "
-        "backend=COMBO preset=COMBO",
+        "model:MODEL policy:SPARGE_POLICY preset=COMBO topk=FLOAT start_percent=FLOAT end_percent=FLOAT dense_blocks=STRING pvthreshd=FLOAT "
+        "min_tokens=INT simthreshd1=FLOAT cdfthreshd=FLOAT token_order=COMBO compensate=BOOLEAN protect_references=BOOLEAN backend=COMBO",
         "model:MODEL",
     ),
     "SpargeMonitor": ("model:MODEL measure_dense=BOOLEAN", "model:MODEL"),

@@ -14,18 +14,19 @@ export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** A row of buttons of which one is pressed. `onPick(value)`; returns { element, set(value), button(value) }. */
-export function choice(label, options, onPick, signal) {
-  const buttons = new Map();
+/** A row of buttons of which one is pressed. `onPick(value)`; returns { element, offer(options), set(value) }; options are { value, text, title }. */
+export function choice(label, onPick, signal) {
   const element = el("div", { class: "sparge-choice", role: "group", "aria-label": label });
-  for (const { value, text, title } of options) {
-    const button = el("button", { type: "button", text, title, "aria-pressed": "false" });
-    button.addEventListener("click", () => onPick(value), { signal });
-    buttons.set(value, button);
-    element.append(button);
-  }
-  const set = (picked) => buttons.forEach((button, value) => button.setAttribute("aria-pressed", String(value === picked)));
-  return { element, set, button: (value) => buttons.get(value) };
+  const buttons = () => [...element.children];
+  element.addEventListener("click", ({ target }) => target !== element && onPick(target.value), { signal });
+  return {
+    element,
+    offer(options) {
+      if (buttons().map((button) => button.value).join() === options.map(({ value }) => value).join()) return;
+      element.replaceChildren(...options.map((option) => el("button", { type: "button", "aria-pressed": "false", ...option })));
+    },
+    set: (picked) => buttons().forEach((button) => button.setAttribute("aria-pressed", String(button.value === picked))),
+  };
 }
 
 const CSS = `

@@ -1,6 +1,6 @@
 // The heat map's canvas: repaints only the cells whose look has changed.
 
-import { cellAt, cellBox, layout, ticks } from "./lib/layout.js";
+import { cellAt, cellBox, heatMapGrid, ticks } from "./lib/heat_map_grid.js";
 import { DENSE, MISSING, kindOf, scaleOf } from "./lib/model.js";
 import { COLOURS, HATCH } from "./lib/palette.js";
 import { el } from "./monitor_dom.js";
@@ -50,7 +50,7 @@ export class HeatMap {
     const key = [width, height, ratio, run.steps, run.layers, t.locale].join();
     if (key === this.key) return;
     this.key = key;
-    this.grid = layout(width, height, run.steps, run.layers, ratio);
+    this.grid = heatMapGrid(width, height, run.steps, run.layers, ratio);
     this.canvas.width = Math.round(width * ratio);
     this.canvas.height = Math.round(height * ratio);
     this.painted = new Uint16Array(run.steps * run.layers);
@@ -112,8 +112,8 @@ export class HeatMap {
 function lookOf(run, quantity, max, index) {
   const kind = kindOf(run, index);
   if (kind === MISSING) return BLANK;
-  const value = run[quantity][index];
-  if (Number.isNaN(value) || (kind === DENSE && quantity !== "ms")) return kind === DENSE ? HATCHED : BLANK;
+  const value = run.cells[quantity][index];
+  if (Number.isNaN(value)) return kind === DENSE ? HATCHED : BLANK;
   const colour = Math.round(Math.min(1, Math.max(0, value / max)) * 255);
   return (kind === DENSE ? COLOUR_HATCHED : COLOUR) + colour;
 }

@@ -1,7 +1,7 @@
 // The block map of one cell: what its queries kept of its keys, as a picture and, for video, frame by frame.
 
 import { integer } from "./lib/format.js";
-import { tileColumns } from "./lib/layout.js";
+import { tileColumns } from "./lib/heat_map_grid.js";
 import { readMap } from "./lib/map.js";
 import { TABLE, gradient } from "./lib/palette.js";
 import { choice, el, legend, setText } from "./monitor_dom.js";
@@ -20,8 +20,8 @@ export class MapPanel {
     this.status = el("div", { role: "status" });
     this.picture = el("canvas", { role: "img" });
     this.axes = el("div", { class: "sparge-faded" });
-    const parts = ["queries", "keys"].map((value) => ({ value, text: t(value), title: t(`${value}Title`) }));
-    this.parts = choice(t("frames"), parts, (value) => this.show(value), signal);
+    this.parts = choice(t("frames"), (value) => this.show(value), signal);
+    this.parts.offer(["queries", "keys"].map((value) => ({ value, text: t(value), title: t(`${value}Title`) })));
     this.tiles = el("div", { class: "sparge-tiles" });
     const square = el("div", { class: "sparge-picture sparge-square" }, this.picture);
     const pictureSide = el("div", { class: "sparge-map-part" }, square, this.axes, legend(gradient()).element);

@@ -1,15 +1,13 @@
 // What a monitor node shows: the run's numbers, the heat map, and the block map of the cell that was picked.
 
-import { cellText, duration, facts, headline, integer, quantityText } from "./lib/format.js";
+import { cellText, duration, headline, integer, numberText, progress } from "./lib/format.js";
+import { moved } from "./lib/heat_map_grid.js";
 import { isFor } from "./lib/ids.js";
-import { moved } from "./lib/layout.js";
-import { QUANTITIES, choose, emptyModel, hasNumbers, lastSparseStep, lastStep, receive, replace, scaleOf, shownRun, stepNumbers } from "./lib/model.js";
+import { VERSION, choose, emptyModel, lastSparseStep, lastStep, receive, replace, scaleOf, shownRun, stepNumbers } from "./lib/model.js";
 import { gradient } from "./lib/palette.js";
 import { choice, el, legend, setText } from "./monitor_dom.js";
 import { HeatMap, hatchCss } from "./monitor_heat_map.js";
 import { MapPanel } from "./monitor_map.js";
-
-const COLUMNS = ["density", "pv_skipped", "ms", "sparse_calls", "dense_calls"];
 
 export class MonitorView {
   /**
@@ -24,7 +22,7 @@ export class MonitorView {
     this.since = null; // messages that arrive while the server is asked for everything
     this.frame = 0;
     this.element = el("div", { class: "sparge-monitor widget-expands" }); // the second: "Nodes 2.0" gives it the node's whole height
-    this.unreachable = false;
+    this.problem = null; // with the server: "unreachable" or "outdated"
   }
 
   /** Starts to listen to the user and asks the server what it knows. */
@@ -54,15 +52,14 @@ export class MonitorView {
 
   build(signal) {
     const t = this.t;
-    this.facts = el("span", { class: "sparge-faded" });
+    this.progress = el("span", { class: "sparge-faded" });
     this.runs = el("select", { "aria-label": t("runs"), title: t("runs") });
     this.headline = el("div", { class: "sparge-headline" });
     this.warning = el("div", { class: "sparge-warning", role: "alert" });
     this.note = el("div", { class: "sparge-faded" });
     this.numbers = el("table");
     this.heat = new HeatMap();
-    const options = QUANTITIES.map((value) => ({ value, text: t(value), title: t(`${value}Title`) }));
-    this.quantities = choice(t("quantity"), options, (value) => this.pick(value), signal);
+    this.quantities = choice(t("quantity"), (value) => this.pick(value), signal);
     this.legend = legend(gradient(), ...this.swatches());
     this.cellLine = el("div", { class: "sparge-cell", role: "status", "aria-live": "polite" });
     this.reasonsTitle = el("div", { class: "sparge-faded", text: t("denseBecause") });
@@ -71,18 +68,15 @@ export class MonitorView {
     this.map = new MapPanel(t, this.load, () => this.closeMap(), signal);
     const picture = [this.quantities.element, this.heat.element, this.legend.element, this.cellLine];
     const stage = el("div", { class: "sparge-stage" }, ...picture, this.map.element);
-    const top = el("div", { class: "sparge-row" }, this.facts, this.runs);
+    const top = el("div", { class: "sparge-row" }, this.progress, this.runs);
     const parts = [top, this.headline, this.warning, this.note, this.numbers, stage, this.reasonsTitle, this.reasons, this.cost];
     this.element.replaceChildren(...parts);
     this.listen(signal);
   }
 
   swatches() {
-    const dense = el("span", { class: "sparge-swatch" });
-    dense.style.background = hatchCss();
-    const missing = el("span", { class: "sparge-swatch" });
-    missing.style.background = "var(--sparge-paper)";
-    return [dense, el("span", { text: this.t("dense") }), missing, el("span", { text: this.t("missing") })];
+    const swatch = (background, text) => [el("span", { class: "sparge-swatch", style: `background: ${background}` }), el("span", { text })];
+    return [...swatch(hatchCss(), this.t("dense")), ...swatch("var(--sparge-paper)", this.t("missing"))];
   }
 
   listen(signal) {
@@ -117,8 +111,9 @@ export class MonitorView {
   /** A message of the server; one for other monitors is passed over. */
   receive(message) {
     if (!this.listening || !isFor(message, this.names())) return;
-    if (this.unreachable) {
-      this.unreachable = false; // it is there again; what was missed meanwhile is asked for
+    if (message.version !== VERSION) return this.fail("outdated");
+    if (this.problem) {
+      this.problem = null; // it is there again; what was missed meanwhile is asked for
       this.refresh();
     }
     this.since?.push(message);
@@ -132,12 +127,12 @@ export class MonitorView {
     try {
       const answers = await Promise.all(this.names().map((name) => this.ask(name)));
       if (this.since !== since) return;
-      this.unreachable = false;
-      this.update(replace(this.model, answers.flat(), since));
+      this.problem = null;
+      this.update(replace(this.model, answers.flatMap(({ runs }) => runs), since));
+      if (answers.some(({ version }) => version !== VERSION)) this.fail("outdated");
     } catch {
       if (this.since !== since) return;
-      this.unreachable = true;
-      this.schedule();
+      this.fail("unreachable");
     }
     this.since = null;
   }
@@ -145,7 +140,12 @@ export class MonitorView {
   async ask(name) {
     const response = await this.load(`/sparge_attention/runs?${new URLSearchParams({ monitor: name })}`);
     if (!response.ok) throw new Error(`HTTP ${response.status}`);
-    return (await response.json()).runs ?? [];
+    return { runs: [], ...(await response.json()) };
+  }
+
+  fail(problem) {
+    this.problem = problem;
+    this.schedule();
   }
 
   update(model) {
@@ -172,12 +172,12 @@ export class MonitorView {
 
   showText(run) {
     const t = this.t;
-    setText(this.facts, run ? facts(run, t) : t("waiting"));
-    this.facts.title = this.facts.textContent;
+    setText(this.progress, run ? progress(run, t) : t("waiting"));
+    this.progress.title = this.progress.textContent;
     this.showRuns();
     setText(this.headline, run ? headline(run, t) : "");
     setText(this.warning, run?.warning ?? "");
-    setText(this.note, this.unreachable ? t("unreachable") : (run?.note ?? ""));
+    setText(this.note, this.problem ? t(this.problem) : (run?.note ?? ""));
     setText(this.cost, run && Number.isFinite(run.totals.measuring_ms) ? t("measuring", { time: duration(run.totals.measuring_ms, t) }) : "");
     this.numbers.replaceChildren(...(run?.step || run?.totals.sparse_calls ? this.rows(run) : []));
     this.reasons.replaceChildren(...(run?.reasons ?? []).map(([reason, n]) => el("li", { text: t("reason", { n: integer(n, t), reason }) })));
@@ -199,29 +199,27 @@ export class MonitorView {
     const t = this.t;
     const step = lastStep(run);
     const row = (title, numbers) => {
-      const texts = COLUMNS.map((name) => (name.endsWith("calls") ? integer(numbers?.[name], t) : quantityText(name, numbers?.[name], t)));
+      const texts = run.columns.map(({ name, unit }) => numberText(unit, numbers[name], t));
       return el("tr", {}, el("th", { scope: "row", text: title }), ...texts.map((text) => el("td", { text })));
     };
-    const { sparse_ms: sparseMs, dense_ms: denseMs } = run.totals;
-    const whole = { ...run.totals, ms: Number.isFinite(sparseMs) && Number.isFinite(denseMs) ? sparseMs + denseMs : null };
-    const head = el("tr", {}, el("td"), ...COLUMNS.map((name) => el("th", { scope: "col", text: t(name) })));
-    return [head, row(t("stepColumn", { n: step + 1 }), step < 0 ? null : stepNumbers(run, step)), row(t("runColumn"), whole)];
+    const head = el("tr", {}, el("td"), ...run.columns.map((column) => el("th", { scope: "col", text: t.label(column) })));
+    return [head, row(t("stepColumn", { n: step + 1 }), stepNumbers(run, step)), row(t("runColumn"), run.totals)];
   }
 
   showHeat(run) {
     const t = this.t;
-    const measured = this.model.runs.some((known) => hasNumbers(known, "error"));
-    const button = this.quantities.button("error");
-    button.disabled = !measured;
-    button.title = t(measured ? "errorTitle" : "errorLater");
-    if (this.quantity === "error" && !measured) this.quantity = "density";
-    this.quantities.set(this.quantity);
-    const { max, clipped } = scaleOf(run, this.quantity);
-    setText(this.legend.low, quantityText(this.quantity, 0, t));
-    const top = quantityText(this.quantity, max, t);
+    const shown = run.columns.filter(({ unit }) => unit !== "calls");
+    const titleOf = (column) => (t.has(`${column.name}Title`) ? t(`${column.name}Title`) : t.label(column));
+    this.quantities.offer(shown.map((column) => ({ value: column.name, text: t.label(column), title: titleOf(column) })));
+    const quantity = shown.find(({ name }) => name === this.quantity) ?? shown[0];
+    if (!quantity) return;
+    this.quantities.set(quantity.name);
+    const { max, clipped } = scaleOf(run, quantity.name);
+    setText(this.legend.low, numberText(quantity.unit, 0, t));
+    const top = numberText(quantity.unit, max, t);
     setText(this.legend.high, clipped ? t("atLeast", { n: top }) : top);
-    this.heat.canvas.setAttribute("aria-label", t("heatMap", { quantity: t(this.quantity), steps: run.steps, layers: run.layers }));
-    this.heat.draw(run, this.quantity, t);
+    this.heat.canvas.setAttribute("aria-label", t("heatMap", { quantity: t.label(quantity), steps: run.steps, layers: run.layers }));
+    this.heat.draw(run, quantity.name, t);
     this.heat.point(this.cell);
     this.tellCell(run);
     if (this.map.isOpen) this.offerHeads(run);
@@ -258,7 +256,8 @@ export class MonitorView {
   offerHeads(run) {
     const wanted = this.map.wanted;
     const isLast = (wanted ?? this.cell)?.step === lastSparseStep(run);
-    if (!isLast && wanted?.head) this.map.open({ ...wanted, head: "" }); // the server keeps the heads of one step: the picture must not outlive its label
+    // The server keeps the heads of one step: when that has changed, the map of the head that is still shown would stand under the label "all".
+    if (!isLast && wanted?.head) this.map.open({ ...wanted, head: "" });
     this.map.offerHeads(run.heads, isLast);
   }
 

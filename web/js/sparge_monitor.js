@@ -26,7 +26,7 @@ app.registerExtension({
     if (node.comfyClass === NODE) addMonitor(node);
   },
 
-  // Nodes in a subgraph have no full name before the whole workflow is loaded. Those of the workflow before are not always said to be removed.
+  // Only now does a node in a subgraph know its full name. And the front end does not call `onRemoved` for every node of the workflow before.
   afterConfigureGraph() {
     views.forEach((view, node) => (isInWorkflow(node) ? view.refresh() : leave(node)));
   },
@@ -56,8 +56,9 @@ function leave(node) {
   views.delete(node);
 }
 
-// A node that comes for another of the same id in one go, by an undo or in a subgraph that is entered at once, inherits its place in the page in
-// "Nodes 2.0", with the removed node's panel, emptied, still in it.
+// In "Nodes 2.0" the front end puts a panel into the page when it makes its node's frame. An undo, or a subgraph that is entered at once, replaces a
+// node by another of the same id; the frame then stays, with the removed node's panel in it, which `detach` has emptied. The new node's panel would
+// never come into the page: it takes the empty one's place here.
 function takePlace(node, element) {
   if (element.isConnected || node.graph !== app.canvas.graph) return;
   document.querySelector(`[data-node-id="${CSS.escape(node.id)}"] .sparge-monitor:empty`)?.replaceWith(element);

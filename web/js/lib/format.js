@@ -1,6 +1,8 @@
 // Numbers and sentences of a run as text. `t(key, values)` is a translator from strings.js.
 
-/** A share or error with as many digits as tell it apart. */
+import { MISSING, kindOf } from "./model.js";
+
+/** A share with as many digits as tell it apart. */
 export function share(value) {
   if (!isNumber(value)) return "–";
   if (value === 0 || value === 1) return String(value);
@@ -21,8 +23,10 @@ export function integer(value, t) {
   return isNumber(value) ? new Intl.NumberFormat(t.locale).format(value) : "–";
 }
 
-export function quantityText(quantity, value, t) {
-  return quantity === "ms" ? duration(value, t) : share(value);
+/** A statistic as its unit is written. */
+export function numberText(unit, value, t) {
+  if (unit === "ms") return duration(value, t);
+  return unit === "share" ? share(value) : integer(value, t);
 }
 
 /** How much faster than dense, measured; or slower, or that it was not measured. */
@@ -38,29 +42,24 @@ export function headline(run, t) {
   return t("joined", { first: text, second: t(run.state === "running" ? `${kind}SoFar` : kind, { time: duration(Math.abs(saved), t) }) });
 }
 
-export function facts(run, t) {
-  const parts = [t(run.state), t("stepOf", { step: Math.min(run.step, run.steps), steps: run.steps })];
-  if (run.layers) parts.push(t("layers", { n: run.layers }));
-  if (run.heads) parts.push(t("heads", { n: run.heads }));
-  if (run.tokens) parts.push(t("tokens", { n: integer(run.tokens, t) }));
-  return parts.join(" · ");
+export function progress(run, t) {
+  const known = ["layers", "heads", "tokens"].filter((name) => run[name]);
+  const sizes = known.map((name) => t(name, { n: name === "tokens" ? integer(run.tokens, t) : run[name] }));
+  return [t(run.state), t("stepOf", { step: Math.min(run.step, run.steps), steps: run.steps }), ...sizes].join(" · ");
 }
 
 /** One cell in words. Steps count from 1, as the progress bar does; layers from 0. */
 export function cellText(run, { step, layer }, t) {
   const index = step * run.layers + layer;
   const place = t("place", { step: step + 1, layer });
-  const sparse = run.sparse_calls[index];
-  const dense = run.dense_calls[index];
-  if (!sparse && !dense) return t("cell", { place, what: t("notRun") });
+  if (kindOf(run, index) === MISSING) return t("cell", { place, what: t("missing") });
   const parts = [];
-  if (sparse) {
-    parts.push(`${t("density")} ${share(run.density[index])}`, `${t("pv_skipped")} ${share(run.pv_skipped[index])}`);
-    if (!Number.isNaN(run.error[index])) parts.push(`${t("error")} ${share(run.error[index])}`);
+  for (const column of run.columns) {
+    const value = run.cells[column.name][index];
+    if (Number.isNaN(value) || (column.unit === "calls" && !value)) continue;
+    const n = numberText(column.unit, value, t);
+    parts.push(t.has(`${column.name}Cell`) ? t(`${column.name}Cell`, { n }) : `${t.label(column)} ${n}`);
   }
-  parts.push(duration(run.ms[index], t));
-  if (sparse) parts.push(t("sparseCalls", { n: sparse }));
-  if (dense) parts.push(t("denseCalls", { n: dense }));
   return t("cell", { place, what: parts.join(", ") });
 }
 

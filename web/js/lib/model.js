@@ -1,13 +1,13 @@
-// What a monitor knows: a pure reducer over the server's messages (version 1). Nothing here touches the page.
+// What a monitor knows: a pure reducer over the server's messages. Nothing here touches the page.
 //
 // A model is { runs, chosen }: the last runs with the newest at the end, and the number of the run that the user picked, or null for the newest.
-// A run holds one typed array per quantity, indexed by step * layers + layer; NaN is "no such number".
+// A run's `columns` are its statistics, { name, unit, label } each, as its first message named them. `cells` and `stepTotals` hold one array for
+// each, by name: indexed by step * layers + layer, and by step; NaN is "no such number". The server sums up; nothing is added here.
 
-export const VERSION = 1;
+export const VERSION = 2;
 export const MAX_RUNS = 4;
 export const MAX_STEPS = 1024;
 export const MAX_LAYERS = 512;
-export const QUANTITIES = ["density", "pv_skipped", "ms", "error"];
 export const MISSING = 0;
 export const DENSE = 1;
 export const SPARSE = 2;
@@ -22,7 +22,7 @@ export function emptyModel() {
 export function receive(model, message) {
   if (!isMessage(message)) return model;
   const known = model.runs.find((run) => run.number === message.run);
-  const run = merged(known ?? emptyRun(message.run), message);
+  const run = merged(known ?? emptyRun(message), message);
   if (run === known) return model;
   const others = model.runs.filter((other) => other !== known);
   const runs = [...others, run].sort((a, b) => a.number - b.number).slice(-MAX_RUNS);
@@ -33,7 +33,7 @@ export function receive(model, message) {
 }
 
 /**
- * The model after the server told everything it keeps; `since` are the messages that arrived while it was being asked.
+ * The model after the server's answer, which is everything it keeps; `since` are the messages that arrived while it was being asked.
  *
  * What was known before is dropped: run numbers begin again when the server was restarted.
  */
@@ -53,32 +53,37 @@ export function shownRun(model) {
 }
 
 function isMessage(message) {
-  return message?.version === VERSION && Number.isInteger(message.run);
+  return message?.version === VERSION && Number.isInteger(message.run) && Array.isArray(message.columns);
 }
 
-function emptyRun(number) {
+function emptyRun(message) {
   return {
-    number, state: "running", step: 0, steps: 0, layers: 0, heads: 0, tokens: 0,
-    reasons: [], warning: null, note: null, totals: {}, revision: 0, ...arrays(0),
+    number: message.run, state: "running", step: 0, steps: 0, layers: 0, heads: 0, tokens: 0, reasons: [], warning: null, note: null, totals: {},
+    revision: 0, columns: message.columns.filter(({ unit }) => unit !== "index"), cells: {}, stepTotals: {},
   };
 }
 
-function arrays(size) {
-  const of = (Kind, fill) => new Kind(size).fill(fill);
-  const floats = Object.fromEntries(QUANTITIES.map((name) => [name, of(Float32Array, NaN)]));
-  return { ...floats, sparse_calls: of(Uint16Array, 0), dense_calls: of(Uint16Array, 0) };
+function merged(run, message) {
+  const cells = rows(message, message.cells).filter(({ step, layer }) => isIndex(step, MAX_STEPS) && isIndex(layer, MAX_LAYERS));
+  const steps = extent(run.steps, message.steps, cells.map(({ step }) => step), MAX_STEPS);
+  const layers = extent(run.layers, message.layers, cells.map(({ layer }) => layer), MAX_LAYERS);
+  const next = { ...run, steps, layers };
+  next.cells = copied(run.columns, run.cells, run, next);
+  next.stepTotals = copied(run.columns, run.stepTotals, { steps: run.steps, layers: 1 }, { steps, layers: 1 });
+  const stepRows = rows(message, message.step_totals).filter(({ step }) => isIndex(step, steps));
+  const written = [
+    ...cells.map((row) => write(next.cells, row.step * layers + row.layer, row)),
+    ...stepRows.map((row) => write(next.stepTotals, row.step, row)),
+  ].some(Boolean);
+  const isNews = run.revision === 0 || (rank(message) >= rank(run) && differs(run, header(message)));
+  if (!isNews && !written && steps === run.steps && layers === run.layers) return run;
+  return { ...next, ...(isNews ? header(message) : {}), revision: run.revision + 1 };
 }
 
-function merged(run, message) {
-  const cells = (Array.isArray(message.cells) ? message.cells : []).filter(isCell);
-  const steps = extent(run.steps, message.steps, cells, 0, MAX_STEPS);
-  const layers = extent(run.layers, message.layers, cells, 1, MAX_LAYERS);
-  const resized = steps !== run.steps || layers !== run.layers;
-  const next = { ...run, ...(resized ? grown(run, steps, layers) : copied(run)), steps, layers };
-  const written = cells.filter((cell) => write(next, cell)).length;
-  const isNews = run.revision === 0 || (rank(message) >= rank(run) && tells(run, header(message)));
-  if (!isNews && !written && !resized) return run;
-  return { ...next, ...(isNews ? header(message) : {}), revision: run.revision + 1 };
+// Rows of a message as objects: its columns say what stands where.
+function rows({ columns }, list) {
+  const read = (row) => Object.fromEntries(columns.map(({ name }, index) => [name, row[index]]));
+  return (Array.isArray(list) ? list : []).filter(Array.isArray).map(read);
 }
 
 // A message that ends the run outranks every step, so that late repeats do not take it back.
@@ -86,8 +91,8 @@ function rank({ state, step }) {
   return FINAL.has(state) ? Infinity : count(step);
 }
 
-function tells(run, told) {
-  return Object.keys(told).some((name) => JSON.stringify(told[name]) !== JSON.stringify(run[name]));
+function differs(run, head) {
+  return Object.keys(head).some((name) => JSON.stringify(head[name]) !== JSON.stringify(run[name]));
 }
 
 function header(message) {
@@ -100,85 +105,59 @@ function header(message) {
   };
 }
 
-function isCell(cell) {
-  return Array.isArray(cell) && isIndex(cell[0], MAX_STEPS) && isIndex(cell[1], MAX_LAYERS);
-}
-
 function isIndex(value, limit) {
   return Number.isInteger(value) && value >= 0 && value < limit;
 }
 
-function extent(known, told, cells, axis, limit) {
-  return cells.reduce((most, cell) => Math.max(most, cell[axis] + 1), Math.max(known, Math.min(count(told), limit)));
+function extent(known, said, indices, limit) {
+  return indices.reduce((most, index) => Math.max(most, index + 1), Math.max(known, Math.min(count(said), limit)));
 }
 
-function copied(run) {
-  return Object.fromEntries(Object.keys(arrays(0)).map((name) => [name, run[name].slice()]));
+// New arrays with the same numbers; `from` and `to` are their { steps, layers }.
+function copied(columns, numbers, from, to) {
+  const copy = ({ name }) => {
+    const array = new Float64Array(to.steps * to.layers).fill(NaN);
+    for (let step = 0; step < from.steps; step++) array.set(numbers[name].subarray(step * from.layers, (step + 1) * from.layers), step * to.layers);
+    return [name, array];
+  };
+  return Object.fromEntries(columns.map(copy));
 }
 
-function grown(run, steps, layers) {
-  const bigger = arrays(steps * layers);
-  for (const name of Object.keys(bigger)) {
-    for (let step = 0; step < run.steps; step++) bigger[name].set(run[name].subarray(step * run.layers, (step + 1) * run.layers), step * layers);
-  }
-  return bigger;
-}
-
-// Writes a cell and returns whether it said something new: the calls of a cell only grow, so fewer are an older message.
-function write(run, [step, layer, density, pvSkipped, ms, sparseCalls, denseCalls, error]) {
-  const index = step * run.layers + layer;
-  const told = { density: number(density), pv_skipped: number(pvSkipped), ms: number(ms), error: number(error) };
-  const calls = { sparse_calls: Math.min(count(sparseCalls), 65535), dense_calls: Math.min(count(denseCalls), 65535) };
-  const before = run.sparse_calls[index] + run.dense_calls[index];
-  const after = calls.sparse_calls + calls.dense_calls;
-  const repeated = after === before && QUANTITIES.every((name) => Object.is(Math.fround(told[name]), run[name][index]));
-  if (after < before || repeated) return false;
-  for (const [name, value] of Object.entries({ ...told, ...calls })) run[name][index] = value;
+// Writes a row and returns whether it says something new: the calls of a cell and of a step only grow, so a row with fewer is an older message's.
+function write(numbers, index, row) {
+  const calls = (of) => (number(of("sparse_calls")) || 0) + (number(of("dense_calls")) || 0);
+  const isOlder = calls((name) => row[name]) < calls((name) => numbers[name]?.[index]);
+  const changed = Object.keys(numbers).filter((name) => !Object.is(number(row[name]), numbers[name][index]));
+  if (isOlder || !changed.length) return false;
+  for (const name of changed) numbers[name][index] = number(row[name]);
   return true;
 }
 
 /** Whether a cell is not there yet, ran dense in all its calls, or ran sparse in at least one. */
 export function kindOf(run, index) {
-  if (run.sparse_calls[index]) return SPARSE;
-  return run.dense_calls[index] ? DENSE : MISSING;
+  if (run.cells.sparse_calls?.[index] > 0) return SPARSE;
+  return run.cells.dense_calls?.[index] > 0 ? DENSE : MISSING;
 }
 
-export function hasNumbers(run, quantity) {
-  return run[quantity].some((value) => !Number.isNaN(value));
-}
-
-/** The numbers of one step over its layers; null before its first cell. */
+/** What the server says of one step over its layers, by name. */
 export function stepNumbers(run, step) {
-  const sums = { density: null, pv_skipped: null, ms: 0, sparse_calls: 0, dense_calls: 0 };
-  const weighted = { density: 0, pv_skipped: 0 };
-  for (let index = step * run.layers; index < (step + 1) * run.layers && index < run.ms.length; index++) {
-    const sparse = run.sparse_calls[index];
-    sums.sparse_calls += sparse;
-    sums.dense_calls += run.dense_calls[index];
-    sums.ms += run.ms[index] || 0;
-    for (const name of Object.keys(weighted)) weighted[name] += sparse ? sparse * (run[name][index] || 0) : 0;
-  }
-  if (!sums.sparse_calls && !sums.dense_calls) return null;
-  for (const name of Object.keys(weighted)) sums[name] = sums.sparse_calls ? weighted[name] / sums.sparse_calls : null;
-  return sums;
+  return Object.fromEntries(run.columns.map(({ name }) => [name, run.stepTotals[name][step]]));
 }
 
-/** The last step that has a cell, or -1. A step that a sampler left out has none. */
-export function lastStep(run) {
-  for (let index = run.ms.length - 1; index >= 0; index--) if (kindOf(run, index) !== MISSING) return Math.floor(index / run.layers);
-  return -1;
+/** The last step with calls of one of these kinds, or -1. A step that a sampler left out has none. */
+export function lastStep(run, kinds = ["sparse_calls", "dense_calls"]) {
+  return Math.max(...kinds.map((name) => run.stepTotals[name]?.findLastIndex((calls) => calls > 0) ?? -1));
 }
 
 /** The last step with a sparse call, or -1: the one whose heads the server keeps. */
 export function lastSparseStep(run) {
-  for (let index = run.ms.length - 1; index >= 0; index--) if (run.sparse_calls[index]) return Math.floor(index / run.layers);
-  return -1;
+  return lastStep(run, ["sparse_calls"]);
 }
 
 /** The upper end of the colour scale: { max, clipped }. Shares end at 1; other quantities where all but the slowest cells fit. */
 export function scaleOf(run, quantity) {
-  if (quantity === "density" || quantity === "pv_skipped") return { max: 1, clipped: false };
-  const values = run[quantity].filter((value) => value > 0).sort();
+  if (run.columns.some(({ name, unit }) => name === quantity && unit === "share")) return { max: 1, clipped: false };
+  const values = run.cells[quantity].filter((value) => value > 0).sort();
   if (!values.length) return { max: 1, clipped: false };
   const most = values.at(-1);
   const usual = values[Math.floor((values.length - 1) * 0.95)]; // the first call of a run may take a hundred times as long as the rest

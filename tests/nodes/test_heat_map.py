@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import math
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-SOURCE = Path(__file__).resolve().parents[2] / "nodes" / "draw.py"
+NODES = Path(__file__).resolve().parents[2] / "nodes"
 
 
 @pytest.fixture(scope="module")
-def draw():
-    """The module under a name of its own: `nodes` is also the name of a ComfyUI module."""
-    name = "sparge_draw_under_test"
-    spec = importlib.util.spec_from_file_location(name, SOURCE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        del sys.modules[name]
+def draw(pack):
+    """What `canvas` and `heat_map` have; `module` is the latter."""
+    canvas, heat_map = (importlib.import_module(f"{pack.__name__}.nodes.pictures.{name}") for name in ("canvas", "heat_map"))
+    return SimpleNamespace(**{**vars(canvas), **vars(heat_map)}, module=heat_map)
 
 
 def make_run(steps: int, layers: int, heads: int, **changes) -> dict:
@@ -57,7 +51,21 @@ def make_run(steps: int, layers: int, heads: int, **changes) -> dict:
             "speedup": 2.1,
         },
     }  # fmt: skip
-    return json.loads(json.dumps(run | changes))
+    return with_steps(json.loads(json.dumps(run | changes)))
+
+
+def with_steps(run: dict) -> dict:
+    """The run with the numbers of its steps, as they follow from its cells."""
+    run["step_totals"] = []
+    for step in range(run["steps"]):
+        cells = [cell for cell in run["cells"] if cell["step"] == step]
+        total = {name: sum(cell[name] for cell in cells) for name in ("sparse_calls", "dense_calls", "sparse_ms", "dense_ms")}
+        for name in ("density", "pv_skipped"):
+            whole = sum((cell[name] or 0) * cell["sparse_calls"] for cell in cells)
+            total[name] = whole / total["sparse_calls"] if total["sparse_calls"] else None
+        reasons = {reason: sum(cell["reasons"].get(reason, 0) for cell in cells) for cell in cells for reason in cell["reasons"]}
+        run["step_totals"].append({"step": step, **total, "reasons": reasons})
+    return run
 
 
 def density_of(step: int, layer: int, steps: int, layers: int) -> float:
@@ -75,6 +83,7 @@ def long_run(steps: int = 4, layers: int = 30, heads: int = 12) -> dict:
     run["settings"] = {f"setting_{i}\n\u00e9\u4e2d": "v" * 999 for i in range(50)}
     for cell in run["cells"]:
         cell["reasons"] = reasons
+    with_steps(run)
     run["totals"] |= {"sparse_ms": 1e15, "dense_ms": 1e18, "sparse_calls": 10**15, "seconds": 1e12, "speedup": 1e9}
     return run
 
@@ -117,12 +126,13 @@ def has_hatch(draw, image: Image.Image, box: tuple[int, int, int, int]) -> bool:
     return set(draw.HATCH) <= colours and colours <= {*draw.HATCH, draw.PAPER}
 
 
-def test_imports_nothing_of_the_pack():
+def test_pictures_need_numpy_and_pillow_alone():
     code = f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("alone", {str(SOURCE)!r})
+import importlib, importlib.util, sys
+spec = importlib.util.spec_from_file_location("alone", {str(NODES / "__init__.py")!r}, submodule_search_locations=[{str(NODES)!r}])
 sys.modules["alone"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
+importlib.import_module("alone.pictures.heat_map")
 print(sorted(name for name in ("torch", "comfy", "nodes", "kernels", "imageio", "av", "matplotlib") if name in sys.modules))
 """
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True, timeout=120)
@@ -228,20 +238,6 @@ def test_a_long_run_is_drawn_in_bounded_time_and_size(draw):
     assert time.monotonic() - start < 30 and image.size < (1281, 1450)
 
 
-def test_step_totals_are_means_over_sparse_calls(draw):
-    cell = {"dense_calls": 0, "pv_skipped": 0.5, "sparse_ms": 2.0, "dense_ms": 0.0, "reasons": {}}
-    run = {"steps": 3, "cells": [
-        {**cell, "step": 0, "layer": 0, "sparse_calls": 1, "density": 0.2},
-        {**cell, "step": 0, "layer": 1, "sparse_calls": 3, "density": 0.6, "dense_calls": 1, "dense_ms": 7.0, "reasons": {"short": 1}},
-        {**cell, "step": 2, "layer": 0, "sparse_calls": 0, "density": None, "pv_skipped": None, "dense_calls": 2, "reasons": {"short": 1, "mask": 1}},
-    ]}  # fmt: skip
-    first, second, third = draw.step_totals(run)
-    assert first["density"] == pytest.approx(0.5) and first["pv_skipped"] == 0.5
-    assert (first["sparse_calls"], first["dense_calls"], first["sparse_ms"], first["dense_ms"]) == (4, 1, 4.0, 7.0)
-    assert second["density"] is None and second["sparse_calls"] == second["dense_calls"] == 0
-    assert third["density"] is None and third["reasons"] == {"short": 1, "mask": 1}
-
-
 @pytest.mark.parametrize("steps", [4, 50])
 def test_bars_of_the_strip(draw, steps):
     run = make_run(steps, 10, 3)
@@ -250,7 +246,7 @@ def test_bars_of_the_strip(draw, steps):
         cell, tall = (right - left) / steps, bottom - top
         assert has_hatch(draw, image, (left, top, round(left + cell), bottom))  # step 0 ran dense
         for step in (1, steps // 2, steps - 1):
-            mean = draw.step_totals(run)[step]["density"]
+            mean = run["step_totals"][step]["density"]
             x, height = round(left + (step + 0.4) * cell), round(mean * tall)
             assert image.getpixel((x, bottom - 1)) == image.getpixel((x, bottom - max(1, height - 1))) == tuple(draw.palette(mean).tolist())
             assert height > tall - 2 or image.getpixel((x, bottom - height - 2)) == draw.PANEL
@@ -286,6 +282,17 @@ def test_reasons_change_the_picture(draw):
     assert draw.heat_map(run).tobytes() != draw.heat_map(without).tobytes()
 
 
+def test_statistics_under_the_picture(draw):
+    """In the order of the table; calls with their milliseconds; nothing of what was not measured."""
+    numbers = make_run(4, 30, 12)["totals"]
+    assert draw.stats(numbers) == [
+        ("0.33", "density"), ("0.10", "PV skipped"), ("112 calls, 1,234.5 ms", "sparse attention"), ("20 calls, 222.0 ms", "dense attention"),
+        ("5.6 s", "run time"), ("2.10x", "measured speed-up"),
+    ]  # fmt: skip
+    nothing = {"density": None, "pv_skipped": None, "sparse_calls": 0, "sparse_ms": 0.0, "dense_calls": 1, "dense_ms": 0.0, "speedup": None}
+    assert draw.stats(nothing) == [("-", "density"), ("0 calls", "sparse attention"), ("1 call", "dense attention")]
+
+
 @pytest.mark.parametrize("text", ["", " ", "one", "a b c " * 200, "w" * 3000, "w" * 90 + " end", "a" * 30 + " " + "b" * 500])
 @pytest.mark.parametrize("lines", [1, 2, 5])
 def test_wrap_keeps_to_its_width_and_loses_only_the_end(draw, text, lines):
@@ -302,17 +309,18 @@ def test_wrap_keeps_to_its_width_and_loses_only_the_end(draw, text, lines):
 def test_empty_run_says_so(draw, run, note, monkeypatch):
     run, written = run | {"note": note}, []
     notice = draw._draw_notice
-    monkeypatch.setattr(draw, "_draw_notice", lambda sheet, text, *rest: (written.append(text), notice(sheet, text, *rest)))
+    monkeypatch.setattr(draw.module, "_draw_notice", lambda sheet, text, *rest: (written.append(text), notice(sheet, text, *rest)))
     images = [draw.heat_map(run), *(draw.step_frame(run, step) for step in range(max(run["steps"], 1)))]
-    assert written == [draw.plain(note or "no attention call was recorded")] * len(images)
+    assert written == [note or "no attention call was recorded"] * len(images)
     assert all(inside(draw, image) for image in images) and len({image.size for image in images[1:]}) == 1
 
 
 def test_step_without_calls_says_so(draw, monkeypatch):
     run = make_run(4, 5, 3)
     run["cells"] = [cell for cell in run["cells"] if cell["step"] != 2]
+    with_steps(run)
     written = []
-    monkeypatch.setattr(draw, "_draw_notice", lambda sheet, text, *rest: written.append(text))
+    monkeypatch.setattr(draw.module, "_draw_notice", lambda sheet, text, *rest: written.append(text))
     for step in range(4):
         draw.step_frame(run, step)
     assert written == ["no attention call was recorded in this step"]

@@ -5,7 +5,7 @@ const BOTTOM = 16;
 const EDGE = 4;
 
 /** Places a grid of steps x layers on a canvas of width x height CSS pixels; `ratio` device pixels are one CSS pixel. */
-export function layout(width, height, steps, layers, ratio = 1) {
+export function heatMapGrid(width, height, steps, layers, ratio = 1) {
   const left = Math.round(LEFT * ratio);
   const top = Math.round(EDGE * ratio);
   const right = Math.max(left, Math.round((width - EDGE) * ratio));
