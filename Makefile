@@ -2,11 +2,10 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-# Folders whose tests only compute: their files are shared among so many processes, each with one thread of PyTorch's, for these sizes gain nothing from
-# more and lose much on busy cores. The others drive servers and a browser, one after the other.
-COMPUTING = tests/bench tests/emulator tests/kernels tests/ptx tests/ring
+# So many processes share the tests, each with one thread of PyTorch's: these sizes gain nothing from more and lose much on busy cores. `make test` shares
+# whole files, for their servers and models serve all tests of a file; tests/conftest.py puts those first that take longest.
 JOBS ?= 2
-COMPUTE = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
+TEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS)
 # Where Python has torch already and no package registry is reached: make gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(RUN)
 # What happens in which step of `make gpu-rehearsal`.
@@ -37,14 +36,13 @@ setup:
 test: setup
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
-	@$(COMPUTE) --dist loadfile $(COMPUTING)
-	@$(RUN) -m pytest $(COMPUTING:%=--ignore=%)
+	@$(TEST) --dist loadfile --no-loadscope-reorder
 
 test-install: setup
 	@$(RUN) -m pytest -m tools tests/install
 
 test-ptx: setup
-	@$(COMPUTE) -m ptx_all tests/ptx
+	@$(TEST) -m ptx_all tests/ptx
 
 proof: setup
 	@$(RUN) tools/ring/prove.py --jobs $(JOBS)

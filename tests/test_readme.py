@@ -15,6 +15,7 @@ import build_workflows
 import demo_pictures
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,12 +23,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted((ROOT / "web" / "docs").rglob("*.md"))
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "python_examples/README.md", "bench/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     *PAGES,
 ]
 FILE = re.compile(r"[\w.-]+\.(?:py|md|json|toml|yml|svg|cuh|txt)")
 MADE = {"fox.mp4", "wan.gif", "x.mp4", "demo_output/", ".venv/", ".comfyui", ".emulator"}  # what the commands make
-OUTSIDE = {"CI", "PATH", "PYTHONPATH"}  # not of this project
+OUTSIDE = {"CI", "PATH", "PYTHONPATH", "CUDA_LAUNCH_BLOCKING"}  # not of this project
 
 
 def module(name: str):
@@ -84,7 +85,7 @@ def wrong_commands(text: str, folder: Path, tracked: set[str]) -> list[str]:
         words = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line).replace('"', " ").split()
         if words[:1] == ["make"]:
             wrong += [f"make {word}" for word in words[1:] if not re.match(r"[A-Z_]+=", word) and word not in targets]
-        if words[:1] and words[0].endswith("python"):
+        if len(words) > 1 and words[0].endswith("python"):
             wrong += wrong_python(words[1:], folder)
         wrong += [f"no path {word}" for word in words if not known_path(word.lstrip("(").rstrip(".,;:)"), folder, tracked)]
     return wrong
@@ -99,7 +100,7 @@ def wrong_python(words: list[str], folder: Path) -> list[str]:
     script = next((at for at in places if at.is_file()), None)
     if script is None:
         return [f"no script {words[0]}"]
-    beside = script.parent.glob("*.py") if script.parent != ROOT else [script, *(ROOT / "kernels" / "cuda").glob("build.py")]
+    beside = script.parent.glob("*.py") if script.parent != ROOT else [script, *(ROOT / "tools").glob("cubins.py")]
     told = "".join(path.read_text(encoding="utf-8") for path in beside)
     return [f"{words[0]} has no {option}" for option in words[1:] if option.startswith("--") and option not in told]
 
@@ -130,8 +131,10 @@ def wrong_variables(text: str) -> list[str]:
 
 
 def _constant(name: str) -> bool:
-    """A table that a document names: CONTRIBUTING tells where families stand."""
-    return any(re.search(rf"^{name}\b", path.read_text(encoding="utf-8"), re.M) for path in (ROOT / "nodes").glob("*.py"))
+    """A table that a document names (CONTRIBUTING tells where families stand), or a public name."""
+    return f'"{name}"' in (ROOT / "kernels" / "__init__.py").read_text(encoding="utf-8") or any(
+        re.search(rf"^{name}\b", path.read_text(encoding="utf-8"), re.M) for path in (ROOT / "nodes").glob("*.py")
+    )
 
 
 MACHINE = re.compile(r"(?<![\w.:/])/(?:home|root|work|tmp|mnt|Users|opt|var)/|[A-Z]:\\|file://|localhost:\d|127\.0\.0\.1")
@@ -251,10 +254,19 @@ def test_defaults_are_the_nodes(pack, page, off, empty):
 
 
 def test_advanced_inputs_are_the_nodes(pack):
-    patch = importlib.import_module(pack.__name__ + ".nodes.patch")
+    inputs = importlib.import_module(pack.__name__ + ".nodes.settings").INPUTS
     for page in ("SpargeAttention.md", "SpargeAttention/zh.md"):
         (line,) = re.findall(r"^.*ComfyUI 0\.10.*$", (ROOT / "web" / "docs" / page).read_text(encoding="utf-8"), re.M)
-        assert {name for name in patch.TOOLTIPS if name in line} == set(patch.RARELY_CHANGED), page
+        assert {name for name in inputs if name in line} == {name for name, row in inputs.items() if row.advanced}, page
+
+
+def test_named_presets_are_the_codes():
+    levels = module("presets").LEVELS
+    for page, lines in (("SpargeAttention.md", "- **{}**, topk {:g}: {}"), ("SpargeAttention/zh.md", "- **{}**，topk {:g}")):
+        text = (ROOT / "web" / "docs" / page).read_text(encoding="utf-8")
+        wanted = [lines.format(name, level.topk, level.source.removesuffix("; not yet measured here")) for name, level in levels.items()]
+        assert [line for line in text.splitlines() if line.startswith("- **")] == wanted, page
+    assert "{}, {} and {} decide all of them: topk\n{:g}, {:g} or {:g}".format(*levels, *(level.topk for level in levels.values())) in README
 
 
 # The rest.
@@ -266,6 +278,20 @@ def test_python_example_runs():
     with contextlib.redirect_stdout(printed):
         exec(code, {})  # noqa: S102  (the document's own text)
     assert re.fullmatch(r"torch tensor\(0\.2\d*\)\n", printed.getvalue())
+
+
+def test_debugging_examples_run():
+    """One call with the reference, on the emulator under some seeds, and on the executor: the last two to the same bits."""
+    first, emulated, executed = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "debugging.md").read_text(encoding="utf-8"), re.S)
+    printed, names = io.StringIO(), {}
+    with contextlib.redirect_stdout(printed):
+        exec(first, {})  # noqa: S102
+        exec(emulated + executed, names)  # noqa: S102
+        with names["using"](names["machine"]):
+            out = names["sparse_attention"](*(names[name] for name in "qkv"), topk=0.5, backend="cuda")
+    error, *seeds = printed.getvalue().splitlines()
+    assert "e-0" in error and len({line.partition(" ")[2] for line in seeds}) == 1 and len(seeds) == 4
+    assert torch.equal(out, names["out"])
 
 
 def test_versions_are_the_projects():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import glob
 import re
 import shutil
@@ -10,18 +11,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from setuptools.config.pyprojecttoml import read_configuration
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORTED = ((3, 10), (3, 11), (3, 12), (3, 13))
 ASK = "import sys, venv; print(*sys.version_info[:2])"
-BROUGHT = {"imageio", "numpy", "pillow"}  # imageio and what it needs
+BROUGHT = {"numpy"}
+IMPORTED_AS = {"pillow": "PIL"}
+COMFYUIS_OWN = {"comfy", "comfy_api", "comfyui_version", "folder_paths"}
 
 # Where torch is not to be had: the files are all there, this Python compiles them, and the device code is found without torch.
 WITHOUT_TORCH = """
 import compileall, importlib.metadata, pathlib, sys
 site = pathlib.Path(sys.argv[1])
 found = importlib.metadata.distribution("sparge-attention")
-assert not [line for line in found.requires or () if line.startswith("torch")], found.requires
+assert [line.split(">")[0] for line in found.requires if "extra ==" not in line] == ["numpy"], found.requires
+assert found.metadata["License-Expression"] == "Apache-2.0" and [f for f in found.files if f.name == "LICENSE"], found.metadata
 files = [str(site / f) for f in found.files if f.parts[0] == "sparge_kernels" and f.suffix == ".py"]
 assert files and all(compileall.compile_file(f, quiet=1) for f in files)
 import types
@@ -31,7 +36,7 @@ sys.modules["sparge_kernels"] = package
 from sparge_kernels import config
 from sparge_kernels.cuda import loader
 variant = next(iter(config.variants("sm_89")))
-assert loader.find("sm_89", variant).origin == "packaged for sm_89"
+assert loader.default().find("sm_89", variant).origin == "packaged for sm_89"
 print(found.version)
 """
 
@@ -63,7 +68,7 @@ def wheel(pypi, repository, new_home):
 
 
 def check(environment, *what) -> None:
-    """`pip install *what` and `pip uninstall`: the package, and with dependencies imageio with its own; nothing is left behind."""
+    """`pip install *what` and `pip uninstall`: the package, and with dependencies numpy; nothing is left behind."""
     assert environment.freeze() == set()
     environment.pip("install", "--quiet", *what)
     lines, ours = environment.freeze(), f"sparge-attention=={version()}"
@@ -119,13 +124,45 @@ def test_beside_torch_the_self_test_passes_and_nothing_else_changes(wheel, repos
     assert installed(environment) == set() and environment.freeze() == before | {new}
 
 
-def test_requirements_are_plain_lines_without_torch():
+def asked_by_the_package() -> set[str]:
+    return set(read_configuration(ROOT / "pyproject.toml")["project"]["dependencies"])
+
+
+def asked_by_the_pack() -> set[str]:
+    return set((ROOT / "requirements.txt").read_text(encoding="utf-8").split())
+
+
+def modules_of(lines: set[str]) -> set[str]:
+    """The modules that requirements bring, by the name they are imported by."""
+    names = {re.match(r"[\w.-]+", line)[0].lower() for line in lines if re.match(r"[A-Za-z]", line)}
+    return {IMPORTED_AS.get(name, name) for name in names}
+
+
+def imported(folder: str) -> set[str]:
+    """The modules, of others than Python and this project, that the sources in `folder` import anywhere."""
+    found = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            found |= {name.split(".")[0] for name in names}
+    return found - sys.stdlib_module_names - {"sparge_kernels"}
+
+
+@pytest.mark.parametrize("lines", [asked_by_the_package, asked_by_the_pack], ids=["package", "pack"])
+def test_requirements_are_plain_lines_without_torch(lines):
     """ComfyUI-Manager takes neither options nor paths, and a manager must have no reason to replace a CUDA build of torch."""
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split("\n")
-    asked = re.search(r"^dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)[1]
-    assert sorted(filter(None, lines)) == sorted(re.findall(r'"([^"]+)"', asked))
-    for line in filter(None, lines):
+    for line in lines():
         assert re.fullmatch(r"[A-Za-z][\w.-]*>=[\d.]+", line) and not line.lower().startswith(("torch", "nvidia", "triton")), line
+
+
+def test_the_package_asks_for_what_kernels_imports():
+    assert imported("kernels") == {"torch"} | modules_of(asked_by_the_package())
+
+
+def test_the_pack_asks_for_what_nodes_imports_and_comfyui_does_not_bring(tree):
+    brought = modules_of(set((tree / "requirements.txt").read_text(encoding="utf-8").splitlines()))
+    assert imported("nodes") - brought - COMFYUIS_OWN == modules_of(asked_by_the_pack())
 
 
 def test_versions_agree():

