@@ -11,6 +11,7 @@ from pathlib import Path
 
 FORMATS = (".mp4", ".gif", ".webp")
 FEW_STEPS = 8
+TINY = {"height": 192, "width": 192, "num_inference_steps": 3}
 
 
 @dataclass(frozen=True)
@@ -18,19 +19,19 @@ class Example:
     """One family: its pipeline class in diffusers, its published weights, the size of a run, and the tiny model.
 
     `dense_share` of the steps, at the start, and `dense_layers` stay dense where the command line does not say otherwise. `float32` names the parts
-    of the pipeline that are loaded in fp32 (the rest: bf16). `tiny` builds the pipeline of the tiny model, whose run has the size `tiny_size` and the
-    further arguments `tiny_call`.
+    of the pipeline that are loaded in fp32 (the rest: bf16). `tiny` builds the pipeline of the tiny model, whose run has so many frames of the size
+    TINY and the further arguments `tiny_call`.
     """
 
     pipeline: str
     model: str
     size: dict
     fps: int
-    dense_share: float
-    dense_layers: tuple[int, ...]
     tiny: Callable
-    tiny_size: dict
-    tiny_call: dict
+    tiny_frames: int = 17
+    tiny_call: dict = field(default_factory=lambda: {"max_sequence_length": 64})
+    dense_share: float = 0.24
+    dense_layers: tuple[int, ...] = ()
     float32: tuple[str, ...] = ()
 
     def dense_steps(self, steps: int) -> int:
@@ -118,12 +119,11 @@ def main(example: Example, description: str) -> None:
         sys.exit(f"The Python package {error.name} is missing, which this example needs; {remedy}")
     pipe = example.tiny() if options.tiny else load(example, options, getattr(diffusers, example.pipeline), torch)
     pipe.set_progress_bar_config(disable=options.tiny)
-    size = dict(example.tiny_size if options.tiny else example.size)
+    size = {**TINY, "num_frames": example.tiny_frames} if options.tiny else dict(example.size)
     given = {"num_frames": options.frames, "height": options.height, "width": options.width, "num_inference_steps": options.steps}
     size.update({name: value for name, value in given.items() if value is not None})
     call = {"prompt": options.prompt, "output_type": "np", **size, **(example.tiny_call if options.tiny else {})}
-    transformers = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2")}
-    transformers = {name: module for name, module in transformers.items() if module is not None}
+    transformers = {name: module for name in ("transformer", "transformer_2") if (module := getattr(pipe, name, None)) is not None}
 
     dense = None
     if options.compare or options.tiny:

@@ -13,9 +13,17 @@ def tiny():
 
     torch.manual_seed(0)
     transformer = HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=32, num_layers=2, num_single_layers=2, num_refiner_layers=1,
-        text_embed_dim=TEXT_DIM, pooled_projection_dim=TEXT_DIM, rope_axes_dim=(8, 12, 12),
-    )  # fmt: skip
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=TEXT_DIM,
+        pooled_projection_dim=TEXT_DIM,
+        rope_axes_dim=(8, 12, 12),
+    )
     sizes = {"vocab_size": 300, "hidden_size": TEXT_DIM, "intermediate_size": 64, "num_attention_heads": 2}
     return HunyuanVideoPipeline(
         text_encoder=LlamaModel(LlamaConfig(**sizes, num_hidden_layers=2)).eval(),
@@ -33,10 +41,8 @@ EXAMPLE = Example(
     model="hunyuanvideo-community/HunyuanVideo",
     size={"num_frames": 129, "height": 720, "width": 1280, "num_inference_steps": 50},
     fps=24,
-    dense_share=0.24,
     dense_layers=(0,),
     tiny=tiny,
-    tiny_size={"num_frames": 17, "height": 192, "width": 192, "num_inference_steps": 3},
     tiny_call={"max_sequence_length": 64, "prompt_template": {"template": "{}", "crop_start": 0}},
 )
 

@@ -16,9 +16,11 @@ def tiny():
     )
     torch.nn.init.normal_(transformer.pos_frequencies)
     vae = AutoencoderKLMochi(
-        encoder_block_out_channels=(32, 32, 32, 32), decoder_block_out_channels=(32, 32, 32, 32), layers_per_block=(1, 1, 1, 1, 1),
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
         add_attention_block=(False,) * 5,
-    )  # fmt: skip
+    )
     return MochiPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae.eval(), text_encoder=t5("T5"), tokenizer=tokenizer(64), transformer=transformer.eval()
     )
@@ -29,11 +31,8 @@ EXAMPLE = Example(
     model="genmo/mochi-1-preview",
     size={"num_frames": 85, "height": 480, "width": 848, "num_inference_steps": 64},
     fps=30,
-    dense_share=0.24,
-    dense_layers=(),
     tiny=tiny,
-    tiny_size={"num_frames": 13, "height": 192, "width": 192, "num_inference_steps": 3},
-    tiny_call={"max_sequence_length": 64},
+    tiny_frames=13,
 )
 
 if __name__ == "__main__":

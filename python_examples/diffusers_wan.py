@@ -27,11 +27,8 @@ EXAMPLE = Example(
     size={"num_frames": 81, "height": 480, "width": 832, "num_inference_steps": 50},
     fps=16,
     float32=("vae",),
-    dense_share=0.24,
     dense_layers=(0,),
     tiny=tiny,
-    tiny_size={"num_frames": 17, "height": 192, "width": 192, "num_inference_steps": 3},
-    tiny_call={"max_sequence_length": 64},
 )
 
 if __name__ == "__main__":

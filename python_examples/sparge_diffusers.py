@@ -54,8 +54,8 @@ class SparseAttention:
         kind = type(transformer).__name__
         if kind not in FAMILIES:
             raise ValueError(f"transformer must be one of {', '.join(FAMILIES)}, got {kind}; write a processor for it after the ones in this file")
-        processor, layers_of = FAMILIES[kind]
-        layers = layers_of(transformer)
+        processor, lists = FAMILIES[kind]
+        layers = layers_of(transformer, lists)
         listed = {layer % len(layers) for layer in self.dense_layers if -len(layers) <= layer < len(layers)}
         if len(listed) < len(set(self.dense_layers)):
             raise ValueError(f"dense_layers must lie in {-len(layers)} to {len(layers) - 1}, each once, got {list(self.dense_layers)}")
@@ -83,9 +83,17 @@ class SparseAttention:
         """Sparse attention over the latent's grid with `text` tokens behind it: (B, S, H, D) -> (B, S, H * D)."""
         plan = order.plan(self.token_order, (self.grid, text) if text else (self.grid,))
         out, info = sparse_attention(
-            q.to(v.dtype), k.to(v.dtype), v, topk=self.topk, key_mask=key_mask, always_keep=plan.protected, order=plan, layout="NHD",
-            backend=self.backend, return_info=True,
-        )  # fmt: skip
+            q.to(v.dtype),
+            k.to(v.dtype),
+            v,
+            topk=self.topk,
+            key_mask=key_mask,
+            always_keep=plan.protected,
+            order=plan,
+            layout="NHD",
+            backend=self.backend,
+            return_info=True,
+        )
         self.densities[layer].append(info.density.mean())
         return out.flatten(2)
 
@@ -133,9 +141,6 @@ class SparseProcessor:
         if self.sparse.step < self.sparse.dense_steps:
             return "the first step" if self.sparse.dense_steps == 1 else f"the first {self.sparse.dense_steps} steps"
         return "in dense_layers" if self.listed else None
-
-    def compute(self, attn, hidden_states, encoder_hidden_states, attention_mask, rotary):
-        raise NotImplementedError
 
 
 class WanProcessor(SparseProcessor):
@@ -226,19 +231,15 @@ def joint_attention(processor: SparseProcessor, video: list[Tensor], text: list[
     return processor.sparse.attend(processor.layer, q, k, v, key_mask, lengths[1]).split(lengths, dim=1)
 
 
-def _blocks(*lists: str):
-    """For a transformer: its layers in order, each the list of its attention modules that get a processor."""
-
-    def layers_of(transformer) -> list[list]:
-        blocks = [block for name in lists for block in getattr(transformer, name)]
-        return [[getattr(block, name) for name in ("attn", "attn1", "attn2") if getattr(block, name, None) is not None] for block in blocks]
-
-    return layers_of
+def layers_of(transformer: torch.nn.Module, lists: tuple[str, ...]) -> list[list]:
+    """The layers of a transformer in order, each the list of its attention modules that get a processor."""
+    blocks = [block for name in lists for block in getattr(transformer, name)]
+    return [[getattr(block, name) for name in ("attn", "attn1", "attn2") if getattr(block, name, None) is not None] for block in blocks]
 
 
 FAMILIES = {
-    "HunyuanVideoTransformer3DModel": (HunyuanVideoProcessor, _blocks("transformer_blocks", "single_transformer_blocks")),
-    "MochiTransformer3DModel": (MochiProcessor, _blocks("transformer_blocks")),
-    "WanTransformer3DModel": (WanProcessor, _blocks("blocks")),
+    "HunyuanVideoTransformer3DModel": (HunyuanVideoProcessor, ("transformer_blocks", "single_transformer_blocks")),
+    "MochiTransformer3DModel": (MochiProcessor, ("transformer_blocks",)),
+    "WanTransformer3DModel": (WanProcessor, ("blocks",)),
 }
-"""Class of the transformer -> its processor, and what finds its layers."""
+"""Class of the transformer -> its processor, and the names of its lists of layers."""
