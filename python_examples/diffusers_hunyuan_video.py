@@ -12,18 +12,10 @@ def tiny():
     from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
     torch.manual_seed(0)
-    transformer = HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=32,
-        num_layers=2,
-        num_single_layers=2,
-        num_refiner_layers=1,
-        text_embed_dim=TEXT_DIM,
-        pooled_projection_dim=TEXT_DIM,
-        rope_axes_dim=(8, 12, 12),
-    )
+    layers = {"num_layers": 2, "num_single_layers": 2, "num_refiner_layers": 1}
+    heads = {"num_attention_heads": 2, "attention_head_dim": 32, "rope_axes_dim": (8, 12, 12)}
+    widths = {"in_channels": 4, "out_channels": 4, "text_embed_dim": TEXT_DIM, "pooled_projection_dim": TEXT_DIM}
+    transformer = HunyuanVideoTransformer3DModel(**layers, **heads, **widths)
     sizes = {"vocab_size": 300, "hidden_size": TEXT_DIM, "intermediate_size": 64, "num_attention_heads": 2}
     return HunyuanVideoPipeline(
         text_encoder=LlamaModel(LlamaConfig(**sizes, num_hidden_layers=2)).eval(),

@@ -15,12 +15,8 @@ def tiny():
         num_attention_heads=2, attention_head_dim=32, num_layers=3, pooled_projection_dim=32, text_embed_dim=TEXT_DIM, time_embed_dim=32
     )
     torch.nn.init.normal_(transformer.pos_frequencies)
-    vae = AutoencoderKLMochi(
-        encoder_block_out_channels=(32, 32, 32, 32),
-        decoder_block_out_channels=(32, 32, 32, 32),
-        layers_per_block=(1, 1, 1, 1, 1),
-        add_attention_block=(False,) * 5,
-    )
+    widths = {"encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4}
+    vae = AutoencoderKLMochi(**widths, layers_per_block=(1,) * 5, add_attention_block=(False,) * 5)
     return MochiPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae.eval(), text_encoder=t5("T5"), tokenizer=tokenizer(64), transformer=transformer.eval()
     )

@@ -82,18 +82,8 @@ class SparseAttention:
     def attend(self, layer: str, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, text: int) -> Tensor:
         """Sparse attention over the latent's grid with `text` tokens behind it: (B, S, H, D) -> (B, S, H * D)."""
         plan = order.plan(self.token_order, (self.grid, text) if text else (self.grid,))
-        out, info = sparse_attention(
-            q.to(v.dtype),
-            k.to(v.dtype),
-            v,
-            topk=self.topk,
-            key_mask=key_mask,
-            always_keep=plan.protected,
-            order=plan,
-            layout="NHD",
-            backend=self.backend,
-            return_info=True,
-        )
+        given = dict(topk=self.topk, key_mask=key_mask, always_keep=plan.protected, order=plan, layout="NHD", backend=self.backend)
+        out, info = sparse_attention(q.to(v.dtype), k.to(v.dtype), v, **given, return_info=True)
         self.densities[layer].append(info.density.mean())
         return out.flatten(2)
 
