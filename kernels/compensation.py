@@ -71,7 +71,7 @@ def pooled_state(heads: Heads, scale: float, *, shift: bool = True) -> PooledSta
     q, k, v, weight, pooled = heads
     n_k, s_k = pooled.shape[-1], k.shape[-2]
     pad = (0, 0, 0, n_k * BLOCK_K - s_k)
-    w = torch.ones(s_k, device=k.device) if weight is None else weight
+    w = torch.ones(s_k, dtype=torch.float32, device=k.device) if weight is None else weight
     kf = torch.where(w[:, None] > 0, k.float(), 0)
     vf = torch.where(w[:, None] > 0, v.float(), 0)
     blocks = torch.nn.functional.pad(w, (0, pad[-1])).view(n_k, BLOCK_K, 1)

@@ -60,7 +60,7 @@ def unpack(q: Tensor, k: Tensor, packed: tuple) -> tuple[Call, Rule]:
 
 def select(call: Call, rule: Rule, q: Tensor, k: Tensor) -> KeptBlocks:
     """The blocks that `rule` keeps."""
-    if not _watched(q):
+    if not _watched(q, k, *call, *rule):
         return _select(call, rule, q, k)
     blocks, counts, visible = _select_operator(q, k, *pack(call, rule))
     return KeptBlocks(blocks, counts, visible, num_blocks(call.s_k, BLOCK_K))
@@ -68,20 +68,21 @@ def select(call: Call, rule: Rule, q: Tensor, k: Tensor) -> KeptBlocks:
 
 def attend(call: Call, rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> Result:
     """Attention over the blocks that `rule` keeps."""
-    if not _watched(q):
+    if not _watched(q, k, v, *call, *rule):
         return _attend(call, rule, q, k, v)
-    out, *rest = _attend_operator(q, k, v, *pack(call, rule))
-    lse = rest[0] if call.want_lse else None
-    if not call.want_info:
-        return Result(out, lse, None, None)
-    blocks, counts, visible, pv_tiles = rest[-4:]
-    return Result(out, lse, KeptBlocks(blocks, counts, visible, num_blocks(call.s_k, BLOCK_K)), pv_tiles)
+    out, lse, blocks, counts, visible, pv_tiles = _attend_operator(q, k, v, *pack(call, rule))
+    kept = KeptBlocks(blocks, counts, visible, num_blocks(call.s_k, BLOCK_K)) if call.want_info else None
+    return Result(out, lse if call.want_lse else None, kept, pv_tiles if call.want_info else None)
 
 
-def _watched(q: Tensor) -> bool:
-    """Whether anybody but the backend is to see the call: a compiler, a tracer, a mode, a kind of tensor. Operators cost 15 us, a fifth of a call."""
-    compiled = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    return compiled or torch._C._len_torch_dispatch_stack() > 0 or type(q) is not Tensor
+def _watched(*values) -> bool:
+    """Whether the dispatcher has anything to do for a call with these tensors: for a compiler, a tracer, a mode, a torch.func transform,
+    a subclass, or a view that is negated when read. Backends read addresses and would miss it. An operator costs 15 us, a fifth of a call."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    if torch._C._len_torch_dispatch_stack() or _transformed() is not None or _pre_dispatch():
+        return True
+    return any(isinstance(x, Tensor) and (type(x) is not Tensor or x.is_neg()) for x in values)
 
 
 def _select(call: Call, rule: Rule, q: Tensor, k: Tensor) -> KeptBlocks:
@@ -99,11 +100,11 @@ def _select_real(q: Tensor, k: Tensor, *packed) -> tuple[Tensor, Tensor, Tensor]
     return kept.blocks, kept.counts, kept.visible
 
 
-def _attend_real(q: Tensor, k: Tensor, v: Tensor, *packed) -> list[Tensor]:
+def _attend_real(q: Tensor, k: Tensor, v: Tensor, *packed) -> tuple[Tensor, ...]:
     call, rule = unpack(q, k, packed)
     out, lse, kept, pv_tiles = _attend(call, rule, q, k, v)
-    info = (kept.blocks, kept.counts, kept.visible, pv_tiles) if call.want_info else ()
-    return [out, *((lse,) if call.want_lse else ()), *info]
+    info = [kept.blocks, kept.counts, kept.visible, pv_tiles] if call.want_info else [q.new_empty(0) for _ in range(4)]
+    return out, lse if call.want_lse else q.new_empty(0, dtype=torch.float32), *info
 
 
 def _as_given(call: Call):
@@ -116,14 +117,12 @@ def _select_fake(q: Tensor, k: Tensor, *packed) -> tuple[Tensor, ...]:
     return _kept_fake(q, *unpack(q, k, packed))
 
 
-def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *packed) -> list[Tensor]:
+def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *packed) -> tuple[Tensor, ...]:
     call, rule = unpack(q, k, packed)
-    result = [torch.empty_like(q)]
-    if call.want_lse:
-        result.append(q.new_empty(q.shape[:3], dtype=torch.float32))
-    if call.want_info:
-        result += [*_kept_fake(q, call, rule), q.new_empty((call.batch, call.heads, 2), dtype=torch.int32)]
-    return result
+    lse = q.new_empty(q.shape[:3] if call.want_lse else (0,), dtype=torch.float32)
+    if not call.want_info:
+        return torch.empty_like(q), lse, *(q.new_empty(0) for _ in range(4))
+    return torch.empty_like(q), lse, *_kept_fake(q, call, rule), q.new_empty((call.batch, call.heads, 2), dtype=torch.int32)
 
 
 def _kept_fake(q: Tensor, call: Call, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,7 +138,7 @@ def _register() -> None:
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     for name, tensors, returns, real, fake in (
         ("select", "Tensor q, Tensor k", "(Tensor, Tensor, Tensor)", _select_real, _select_fake),
-        ("attend", "Tensor q, Tensor k, Tensor v", "Tensor[]", _attend_real, _attend_fake),
+        ("attend", "Tensor q, Tensor k, Tensor v", f"({', '.join(['Tensor'] * 6)})", _attend_real, _attend_fake),
     ):
         library.define(f"{name}({tensors}, {SCHEMA}) -> {returns}")
         library.impl(name, real, "CompositeExplicitAutograd")
@@ -148,5 +147,6 @@ def _register() -> None:
 
 
 _register()
+_transformed, _pre_dispatch = torch._C._functorch.peek_interpreter_stack, torch._ops._len_torch_dispatch_stack_pre_dispatch
 _select_operator = getattr(torch.ops, NAMESPACE).select.default
 _attend_operator = getattr(torch.ops, NAMESPACE).attend.default

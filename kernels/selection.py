@@ -47,7 +47,7 @@ class Keys:
         if key_mask is None:
             return None
         if key_mask.dtype == torch.bool:
-            return cls(key_mask, key_mask.float(), torch.zeros(key_mask.shape[0], device=key_mask.device))
+            return cls(key_mask, key_mask.float(), torch.zeros(key_mask.shape[0], dtype=torch.float32, device=key_mask.device))
         bias = key_mask.float()
         valid = key_mask > masked_bias(key_mask.dtype)
         top = torch.where(valid, bias, -math.inf).amax(-1)
@@ -162,7 +162,7 @@ def _pool(x: Tensor, block: int, weight: Tensor | None, square: bool, unit: bool
     """x fp32 (H, S, D) and weight (S,), in plan order. Rows past the end and rows of weight 0 count nowhere."""
     root = None
     if weight is None:
-        total = _blocks(torch.ones(x.shape[-2], device=x.device), block).sum(-1)
+        total = _blocks(torch.ones(x.shape[-2], dtype=torch.float32, device=x.device), block).sum(-1)
     else:
         x = torch.where(weight[:, None] > 0, x, 0)
         total = _blocks(weight, block).sum(-1)
@@ -219,7 +219,7 @@ def touch(found: Tensor, ranges: tuple[int, ...], block: int, perm: Tensor | Non
 def _log_count(call: Call, keys: Keys | None) -> Tensor:
     """ln(n / 64) per (batch, query block or 1, key block), n = sum of exp(bias) over the keys that the block's last row may see."""
     s_k, device = call.s_k, call.device
-    weight = torch.ones(1, s_k, device=device) if keys is None else keys.weight
+    weight = torch.ones(1, s_k, dtype=torch.float32, device=device) if keys is None else keys.weight
     n_q, n_k = num_blocks(call.s_q, BLOCK_Q), num_blocks(s_k, BLOCK_K)
     if not call.causal:
         count = _blocks(weight, BLOCK_K).sum(-1)[:, None]
@@ -288,7 +288,7 @@ def _best_by_count(scores: Tensor, free: Tensor, topk: float | Tensor) -> Tensor
 
 
 def _best_by_mass(p: Tensor, forced: Tensor, free: Tensor, cdf: float | Tensor) -> Tensor:
-    threshold = cdf[:, None, None] if isinstance(cdf, Tensor) else torch.full((), cdf, device=p.device)
+    threshold = cdf[:, None, None] if isinstance(cdf, Tensor) else torch.full((), cdf, dtype=torch.float32, device=p.device)
     forced_mass = torch.where(forced, p, 0).sum(-1, keepdim=True)
     mass, ranked = torch.where(free, p, -1.0).sort(dim=-1, descending=True)
     mass = mass.clamp_min(0)

@@ -187,7 +187,7 @@ def check(values: Mapping[str, Any]) -> str | None:
         if wrong is not None:
             return f"{name} {wrong}"
     start, end = given.get("start_percent", 0.0), given.get("end_percent", 1.0)
-    if start > end:
+    if start > end and given.get("preset") not in presets.LEVELS:  # which decide both
         return f"start_percent must not be above end_percent, got {start:g} and {end:g}; swap them"
     try:
         parse_blocks(given.get("dense_blocks", ""))

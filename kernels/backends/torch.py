@@ -80,7 +80,7 @@ def _attend(call: Call, kept: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[
     plan_keys = bias = None
     if keys is not None:
         plan_keys = keys.on_plan(perm)
-        bias = torch.where(keys.valid, 0.0 if key_mask.dtype == torch.bool else key_mask.float() - keys.top[:, None], -math.inf)
+        bias = torch.where(keys.valid, 0.0 if key_mask.dtype == torch.bool else key_mask.float() - keys.top[:, None], -math.inf).float()
     if call.compensate:
         visible, partial = selection.visibility(call, plan_keys)
     out = torch.empty_like(q)
@@ -207,7 +207,7 @@ def _causal_bias(index: Tensor, members: list[int], rows: int, length: int, offs
     device = index.device
     key = (index[:, :, None] * BLOCK_K + torch.arange(BLOCK_K, device=device)).flatten(1)[:, None, None, :length]
     row = (torch.tensor(members, device=device)[:, None] * BLOCK_Q + torch.arange(rows, device=device))[:, None, :, None]
-    edge = torch.where(key <= row + offset, 0.0, -math.inf)
+    edge = torch.where(key <= row + offset, 0.0, -math.inf).float()
     return edge if bias is None else edge + bias
 
 

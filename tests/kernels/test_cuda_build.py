@@ -597,7 +597,8 @@ def command(*arguments: str, cwd: Path, path: str = "") -> subprocess.CompletedP
 def tree(tool, tmp_path_factory):
     """What the command needs of the repository, with small kernels of the real names and two architectures; built."""
     folder = tmp_path_factory.mktemp("tree")
-    for file in ("setup.py", "pyproject.toml", "README.md"):
+    (folder / "tools").mkdir()
+    for file in ("setup.py", "pyproject.toml", "README.md", "tools/cubins.py"):
         shutil.copy(ROOT / file, folder / file)
     shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=shutil.ignore_patterns("__pycache__", "src", "cubins", "manifest.json"))
     text = (folder / "kernels" / "config.py").read_text(encoding="utf-8")

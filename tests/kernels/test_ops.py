@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import torch
 from sparge_kernels import BlockMask, block_sparse_attention, ops, order, select_blocks, sparse_attention
 from sparge_kernels.call import Call, Rule
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OPTIONS = {
@@ -161,6 +163,55 @@ def test_whoever_watches_a_call_sees_the_operator_and_nobody_else_pays_for_it(cl
     for name in ("_attend_operator", "_select_operator"):
         monkeypatch.setattr(ops, name, None)
     assert torch.equal(sparse_attention(q, k, v, topk=0.3), plain) and torch.equal(select_blocks(q, k, topk=0.3).block_map, mask.block_map)
+
+
+class Tagged(torch.Tensor):
+    """A kind of tensor of somebody's own."""
+
+
+SEEN = {
+    "a negated view of v": lambda q, k, v: sparse_attention(q, k, torch._neg_view(-v), topk=0.3),
+    "functionalize": lambda q, k, v: torch.func.functionalize(lambda x: sparse_attention(q, k, x, topk=0.3))(v),
+    "vmap": lambda q, k, v: torch.vmap(lambda x: sparse_attention(q, k, x, topk=0.3))(torch.stack([v, v]))[1],
+    "vmap, with everything": lambda q, k, v: torch.vmap(lambda x: sparse_attention(q, k, x, topk=0.3, return_lse=True, return_info=True)[0])(
+        torch.stack([v, v])
+    )[1],
+    "a subclass as k alone": lambda q, k, v: sparse_attention(q, k.as_subclass(Tagged), v, topk=0.3).as_subclass(torch.Tensor),
+    "a subclass as v alone": lambda q, k, v: sparse_attention(q, k, v.as_subclass(Tagged), topk=0.3).as_subclass(torch.Tensor),
+    "a negated view of topk": lambda q, k, v: sparse_attention(q, k, v, topk=torch._neg_view(torch.full((2,), -0.3))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+@pytest.mark.parametrize("case", SEEN)
+def test_what_the_dispatcher_has_to_do_first_is_done(clustered, monkeypatch, case):
+    """The backends read addresses: of a negated view they would get the wrong sign, of a transform's tensor nothing."""
+    q, k, v = (clustered(n, 1, 2, 200, 16) for n in (1, 3, 5))
+    plain, calls, real = sparse_attention(q, k, v, topk=0.3), [], ops._attend_operator
+    monkeypatch.setattr(ops, "_attend_operator", lambda *given: calls.append(given) or real(*given))
+    assert torch.equal(SEEN[case](q, k, v), plain) and len(calls) == 1
+
+
+def test_a_graph_made_before_dispatch_has_the_operator(clustered):
+    q, k, v = (clustered(n, 1, 2, 200, 16) for n in (1, 3, 5))
+    graph = make_fx(lambda q, k, v: sparse_attention(q, k, v, topk=0.3), pre_dispatch=True)(q, k, v).graph
+    assert [node.target for node in graph.nodes if node.op == "call_function"].count(ops._attend_operator) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_changes_nothing(clustered, dtype):
+    q, k, v = (clustered(n, 1, 2, 200, 16) for n in (1, 3, 5))
+    mask = torch.rand(1, 200, generator=torch.Generator().manual_seed(0)) > 0.3
+    calls = [dict(key_mask=mask), dict(key_mask=torch.where(mask, 0.5, -math.inf)), dict(compensate=True), dict(causal=True, cdfthreshd=0.7)]
+    plain = [sparse_attention(q, k, v, topk=0.3, return_lse=True, **call) for call in calls]
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        found = [sparse_attention(q, k, v, topk=0.3, return_lse=True, **call) for call in calls]
+    finally:
+        torch.set_default_dtype(default)
+    for (out, lse), (true, true_lse) in zip(found, plain, strict=True):
+        assert torch.equal(out, true) and torch.equal(lse, true_lse)
 
 
 def lying(x):

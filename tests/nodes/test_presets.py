@@ -362,3 +362,11 @@ def test_a_saved_prompt_runs_as_it_did():
         assert "block is listed in dense_blocks" in new["reasons"] and not any("dense_blocks" in reason for reason in old["reasons"])
         with pytest.raises(comfy_server.PromptError, match="preset"):
             run(preset="Wan")
+
+
+def test_a_preset_that_decides_the_window_is_not_stopped_by_the_inputs(nodes):
+    swapped = {"start_percent": 0.5, "end_percent": 0.3}
+    for preset in ("auto", "off"):
+        assert "start_percent must not be above end_percent" in nodes.settings.check({"preset": preset, **swapped})
+    for preset in ("careful", "balanced", "fast"):
+        assert nodes.settings.check({"preset": preset, **swapped}) is None
