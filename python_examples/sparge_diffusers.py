@@ -13,6 +13,7 @@ copied: it needs nothing but torch, diffusers and sparge_kernels.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from functools import partial
 
 import torch
 from sparge_kernels import UnsupportedCall, order, sparse_attention
@@ -47,7 +48,7 @@ class SparseAttention:
         """Layer -> mean density of each of its sparse calls, left on the device until `report` reads them."""
         self.dense: Counter[str] = Counter()
         """Reason -> calls that stayed dense."""
-        self._installed: list = []
+        self._undo: list = []
 
     def install(self, transformer: torch.nn.Module, name: str = "") -> None:
         """Puts the processors into `transformer`; `name` stands before its layers in the report, for pipelines with two transformers."""
@@ -61,22 +62,18 @@ class SparseAttention:
             raise ValueError(f"dense_layers must lie in {-len(layers)} to {len(layers) - 1}, each once, got {list(self.dense_layers)}")
         for number, modules in enumerate(layers):
             for module in modules:
-                self._installed.append((module, module.processor))
+                self._undo.append(partial(setattr, module, "processor", module.processor))
                 module.processor = processor(self, f"{name}{number}", number in listed, module.processor)
-        self._installed.append((transformer.register_forward_pre_hook(self._see_grid, with_kwargs=True), None))
+        self._undo.append(transformer.register_forward_pre_hook(self._see_grid, with_kwargs=True).remove)
 
     def remove(self) -> None:
         """Gives every layer its own processor back."""
-        for module, own in self._installed:
-            if own is None:
-                module.remove()
-            else:
-                module.processor = own
-        self._installed.clear()
+        while self._undo:
+            self._undo.pop()()
 
     def step_done(self, pipe, step: int, timestep, values: dict) -> dict:
         """For the pipeline's `callback_on_step_end`."""
-        self.step = step + 1
+        self.step = (step + 1) % pipe.num_timesteps  # after the last one it is the next run's first
         return values
 
     def attend(self, layer: str, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, text: int) -> Tensor:
