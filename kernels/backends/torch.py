@@ -145,14 +145,10 @@ class _Gathered:
             torch.index_select(x.view(whole, -1), 0, blocks.flatten(), out=target)
         else:
             # The last block is short: it is always the last of its list, and the caller cuts what lies past the end.
-            tail = x[whole * BLOCK_K :]
-            is_tail = blocks.flatten() == whole
             if whole:
                 torch.index_select(x[: whole * BLOCK_K].view(whole, -1), 0, blocks.flatten().clamp_max(whole - 1), out=target)
-            where = is_tail.nonzero()[:, 0]
-            if where.numel():
-                padded = F.pad(tail, (0, 0, 0, BLOCK_K - tail.shape[0])).reshape(1, -1)
-                target[where] = padded
+            tail = F.pad(x[whole * BLOCK_K :], (0, 0, 0, (whole + 1) * BLOCK_K - self.length))
+            target[blocks.flatten() == whole] = tail.reshape(1, -1)
         return target.view(blocks.shape[0], -1, width)
 
 
