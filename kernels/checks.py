@@ -116,9 +116,9 @@ def number(name: str, value, allowed: Range, q: Tensor) -> float | Tensor:
             got = tuple(value.shape)
             raise ValueError(f"{name} as a tensor must hold one value per head, shape ({q.shape[1]},), got shape {got}; use one number for all heads")
         _constant(name, value)
-        readable = type(value) is Tensor and value.device.type == "cpu"
-        if readable and not torch.compiler.is_compiling() and not _functorch.is_functorch_wrapped_tensor(value):
-            for head, x in enumerate(value.tolist()):
+        if value.device.type == "cpu" and not torch.compiler.is_compiling() and not _functorch.is_functorch_wrapped_tensor(value):
+            own = type(value).__torch_dispatch__ is Tensor.__torch_dispatch__  # a fake has no numbers
+            for head, x in enumerate(value.tolist() if own else ()):
                 if not (allowed.holds(x) and math.isfinite(x)):
                     raise ValueError(f"{name} must be in {allowed}, got {x} for head {head}; {allowed.remedy}")
         return value.to(q.device)

@@ -68,7 +68,7 @@ class Visibility(NamedTuple):
     """Which blocks a row may see.
 
     visible : bool (B or 1, N_q or 1, N_k)
-        False where every key is masked or lies behind the causal edge of the block's last row.
+        False where every key is masked or lies after the causal edge of the block's last row.
     partial : bool (N_q, N_k) or None
         Blocks that the causal edge cuts.
     """

@@ -77,7 +77,7 @@ class SparseAttention:
         return values
 
     def attend(self, layer: str, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, text: int) -> Tensor:
-        """Sparse attention over the latent's grid with `text` tokens behind it: (B, S, H, D) -> (B, S, H * D)."""
+        """Sparse attention over the latent's grid with `text` tokens after it: (B, S, H, D) -> (B, S, H * D)."""
         plan = order.plan(self.token_order, (self.grid, text) if text else (self.grid,))
         given = dict(topk=self.topk, key_mask=key_mask, always_keep=plan.protected, order=plan, layout="NHD", backend=self.backend)
         out, info = sparse_attention(q.to(v.dtype), k.to(v.dtype), v, **given, return_info=True)
@@ -153,7 +153,7 @@ class WanProcessor(SparseProcessor):
 
 
 class HunyuanVideoProcessor(SparseProcessor):
-    """HunyuanVideo: video and, behind it, the text with its padding masked. Double blocks have weights for each, single blocks one set for both."""
+    """HunyuanVideo: video and, after it, the text with its padding masked. Double blocks have weights for each, single blocks one set for both."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
         return self.answer(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
@@ -177,7 +177,7 @@ class HunyuanVideoProcessor(SparseProcessor):
 
 
 class MochiProcessor(SparseProcessor):
-    """Mochi: video and, behind it, the text; the mask is the text's alone. The last block computes its text for nothing (context_pre_only)."""
+    """Mochi: video and, after it, the text; the mask is the text's alone. The last block computes its text for nothing (context_pre_only)."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb=None):
         return self.answer(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
@@ -212,7 +212,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def joint_attention(processor: SparseProcessor, video: list[Tensor], text: list[Tensor], key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention over the video with the text behind it, taken apart again."""
+    """Attention over the video with the text after it, taken apart again."""
     lengths = video[0].shape[1], text[0].shape[1]
     q, k, v = (torch.cat([a, b], dim=1) for a, b in zip(video, text, strict=True))
     return processor.sparse.attend(processor.layer, q, k, v, key_mask, lengths[1]).split(lengths, dim=1)

@@ -199,7 +199,7 @@ def _attend_head(q: Tensor, blocks: _Gathered, kept: Tensor, call: Call, want_ls
 
 
 def _causal_bias(index: Tensor, members: list[int], rows: int, length: int, offset: int, bias: Tensor | None) -> Tensor | None:
-    """Additive (R, 1, rows, length): -inf where a gathered key lies behind the causal edge of a row."""
+    """Additive (R, 1, rows, length): -inf where a gathered key lies after the causal edge of a row."""
     device = index.device
     key = (index[:, :, None] * BLOCK_K + torch.arange(BLOCK_K, device=device)).flatten(1)[:, None, None, :length]
     row = (torch.tensor(members, device=device)[:, None] * BLOCK_Q + torch.arange(rows, device=device))[:, None, :, None]

@@ -79,6 +79,7 @@ CASES = {
     "topk 0-d tensor": (dict(topk=torch.tensor(0.5)), ValueError, ["topk", "(4,)", "()"]),
     "topk tensor value": (dict(topk=torch.tensor([0.5, 1.0, 1.5, 0.5])), ValueError, ["topk", "(0, 1]", "1.5", "head 2"]),
     "topk tensor nan": (dict(topk=torch.tensor([0.5, 1.0, 1.0, math.nan])), ValueError, ["topk", "(0, 1]", "nan", "head 3"]),
+    "topk Parameter value": (dict(topk=torch.nn.Parameter(ONES(4) * 2, requires_grad=False)), ValueError, ["topk", "(0, 1]", "2.0", "head 0"]),
     "cdf 0": (dict(cdfthreshd=0.0), ValueError, ["cdfthreshd", "(0, 1]", "0.0"]),
     "cdf 1.1": (dict(cdfthreshd=1.1), ValueError, ["cdfthreshd", "(0, 1]", "1.1"]),
     "cdf string": (dict(cdfthreshd="a"), TypeError, ["cdfthreshd", "number", "'a'"]),
