@@ -28,6 +28,7 @@ NOTHING_SPARSE = "nothing ran sparse: {reason}"
 REPLACED = "another node replaced the attention hook; Sparge Attention put itself back on top"
 NOT_TIMED = "dense attention could not be timed ({error}), so there is no speed-up to show"
 FEW_STEPS = "few steps: at most the first stays dense"
+LISTS_NONE = "dense_blocks: {entries} lists none of the model's {total} layers; correct it or leave it empty"
 NO_PICTURE = "a block map could not be made for the monitor ({error})"
 
 # What is said when a whole run saw no call at all.

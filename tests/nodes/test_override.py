@@ -211,7 +211,7 @@ def test_gradients_come_before_the_window(direct):
 def test_all_reasons_are_provoked_here(nodes):
     """A reason that is added to the table needs a test here; those of monitors have theirs in test_monitor.py."""
     names = {name for name in vars(nodes.reasons) if name.isupper()}
-    assert names - {"NO_NODE", "NOTHING_SPARSE", "REPLACED", "NOT_TIMED", "NO_PICTURE", "FEW_STEPS"} == {
+    assert names - {"NO_NODE", "NOTHING_SPARSE", "REPLACED", "NOT_TIMED", "NO_PICTURE", "FEW_STEPS", "LISTS_NONE"} == {
         "OPTED_OUT", "GRADIENTS", "DTYPE", "HEAD_DIM", "NO_BACKEND", "WINDOW", "DENSE_BLOCK", "COUNTING_BLOCKS", "CROSS_ATTENTION", "TOO_SHORT",
         "NOT_A_BLOCK", "ONE_BLOCK", "MASK_PER_QUERY", "MASK_PER_HEAD", "MASK_SHAPE", "POLICY_DENSE", "NEVER_ROUTED", "NOTHING_SEEN", "ENDED_EARLY",
     }  # fmt: skip

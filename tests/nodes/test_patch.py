@@ -141,6 +141,8 @@ BAD = {
     "blocks-float": ("dense_blocks", "1.5", "'0, 3-5, -1'"),
     "blocks-backwards": ("dense_blocks", "0, 5-3", "'0, 3-5, -1'"),
     "blocks-negative-backwards": ("dense_blocks", "-1--3", "'0, 3-5, -1'"),
+    "blocks-from-the-end-to-the-front": ("dense_blocks", "-1-3", "'0, 3-5, -1'"),
+    "blocks-from-the-end-to-0": ("dense_blocks", "-40-0", "'0, 3-5, -1'"),
 }
 
 
@@ -206,6 +208,8 @@ BLOCKS = {
     "0;3 -1": ((0, 0), (3, 3), (-1, -1)),
     "-3--1": ((-3, -1),),
     "2--1": ((2, -1),),
+    "5--10": ((5, -10),),
+    "0--40": ((0, -40),),
     ",,7,": ((7, 7),),
 }
 
