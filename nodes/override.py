@@ -178,7 +178,7 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
-    """The call runs sparse. key_mask: (B, S_k) or None; protected: token ranges that are never skipped; place: where its block map lies."""
+    """The call runs sparse. key_mask: (B, S_k) or None; protected: token ranges that are always kept; place: where its block map lies."""
 
     layer: int
     rule: Rule

@@ -92,8 +92,8 @@ def test_the_table_of_inputs(nodes):
 def test_a_new_input_is_a_row(nodes, monkeypatch):
     """What is added to the table is in the schema, is checked, and is marked."""
     rows, limits = nodes.settings.INPUTS, nodes.settings.Limits(0, 9, 3, "take 3")
-    made = nodes.patch._widget("added", nodes.settings.Input(3, limits, advanced=True), "What it does.")
-    assert (made.id, made.default, made.min, made.max, made.step, made.tooltip, made.optional) == ("added", 3, 0, 9, 3, "What it does.", True)
+    made = nodes.patch._widget("added", nodes.settings.Input(3, limits, advanced=True))
+    assert (made.id, made.default, made.min, made.max, made.step, made.optional) == ("added", 3, 0, 9, 3, True)
     monkeypatch.setitem(rows, "added", nodes.settings.Input(3, limits))
     assert nodes.settings.check({"added": 10}) == "added must be 0 to 9, got 10; take 3"
 
