@@ -59,16 +59,14 @@ PRESETS: dict[str, Preset] = {row.family: row for row in (
 # fmt: on
 """By family. Two models of one row cannot be told apart by what they are built of (Flux dev and Kontext; both experts of Wan 2.2 and Wan 2.1)."""
 
-# fmt: off
-LEVELS: dict[str, Preset] = {row.family: row for row in (
-    Preset("careful", "careful", 0.7, 0.2, 1.0, "0",
-           "no source: more than SpargeAttn keeps in any example of its own; not yet measured here"),
-    Preset("balanced", "balanced", 0.5, 0.2, 1.0, "0",
-           "SpargeAttn: the default of its topk functions and of its LTX-Video example; not yet measured here"),
-    Preset("fast", "fast", 0.3, 0.2, 1.0, "0",
-           "no source: less than the 0.4 of SpargeAttn's Wan 2.2 example; not yet measured here"),
-)}
-# fmt: on
+LEVELS: dict[str, Preset] = {
+    name: Preset(name, name, topk, 0.2, 1.0, "0", f"{source}; not yet measured here")
+    for name, topk, source in (
+        ("careful", 0.7, "no source: more than SpargeAttn keeps in any example of its own"),
+        ("balanced", 0.5, "SpargeAttn: the default of its topk functions and of its LTX-Video example"),
+        ("fast", 0.3, "no source: less than the 0.4 of SpargeAttn's Wan 2.2 example"),
+    )
+}
 """The named presets; the source is that of topk. Steps and blocks are for models of a family that is not in the table above: careful values."""
 
 
