@@ -234,7 +234,7 @@ def test_the_node_as_comfyui_runs_it(nodes, tiny):
     assert patch.settings.shown() == values | {"preset": "none"}
     assert patcher is not model.patcher and nodes.patch.patches_of(model.patcher) == []
     comfy_models.sample(model, patcher)
-    assert nodes.telemetry.runs.closed[-1].to_dict()["reasons"]["block is listed in dense_blocks"] == 2
+    assert nodes.telemetry.runs.closed[-1].to_dict()["reasons"]["layer is listed in dense_blocks"] == 2
 
 
 def test_without_a_hidden_id(nodes, tiny):

@@ -366,7 +366,7 @@ def test_a_saved_prompt_runs_as_it_did():
         old, new = run(), run(preset="auto")
         assert (dense_steps(old), old["settings"]["preset"], old["settings"]["start_percent"]) == ([], "none", 0.0)
         assert (dense_steps(new), new["settings"]["preset"], new["settings"]["start_percent"]) == ([0, 1, 2], "Wan 2.1 / 2.2 t2v", 0.24)
-        assert "block is listed in dense_blocks" in new["reasons"] and not any("dense_blocks" in reason for reason in old["reasons"])
+        assert "layer is listed in dense_blocks" in new["reasons"] and not any("dense_blocks" in reason for reason in old["reasons"])
         with pytest.raises(comfy_server.PromptError, match="preset"):
             run(preset="Wan")
 

@@ -292,7 +292,7 @@ def test_a_shorter_model_call_counts_no_layers_away(nodes, direct):
     for _ in (2, 3, 4):
         ours(q, k, v, 2, skip_reshape=True)
     cells = {cell["layer"]: cell["reasons"] for cell in ours.closed()["cells"]}
-    assert cells == {2: {}, 3: {}, 4: {"block is listed in dense_blocks": 1}}
+    assert cells == {2: {}, 3: {}, 4: {"layer is listed in dense_blocks": 1}}
 
 
 @pytest.mark.parametrize(
