@@ -16,7 +16,7 @@ from .run_state import CallContext
 from .settings import Rule, Settings, layer_listed
 
 SHORT_TEXT = 1024
-TILES_BELOW = 0.15  # density up to which compact blocks beat row-major ones on trained attention
+TILES_BELOW = 0.15  # density up to which compact blocks beat row-major ones on small trained models (docs/design/decisions.md)
 _numbers = itertools.count(1)
 
 
