@@ -16,7 +16,7 @@ from .geometry import Grid, Place
 
 MAX_BYTES = 32 << 20  # of one run; beyond it a run keeps the maps of every second step, then of every fourth, and the latest
 MOST_REGIONS = (32, 64, 64)  # of a latent's frames, rows and columns
-BLOCK_Q, BLOCK_K = 128, 64  # tokens of a block, as in the kernels
+BLOCK_Q, BLOCK_K = 128, 64  # tokens of a block; the public door of the kernels does not name theirs (test_maps.py compares)
 
 
 class At(NamedTuple):
