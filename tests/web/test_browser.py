@@ -322,6 +322,27 @@ def test_a_page_that_is_reloaded_in_the_middle_of_a_run_goes_on(desk):
     desk.wait_progress("ended early")
 
 
+def test_a_server_that_was_restarted_leaves_no_run_on_the_panel(desk):
+    """It knows none: no numbers and no heat map of a run that is gone, until there is one again."""
+    hidden = f"[getComputedStyle({PANEL}.querySelector('.sparge-heat canvas')).visibility === 'hidden', {PANEL}.querySelector('table').hidden]"
+    desk.drop(workflow(seed=3))
+    desk.wait_progress("done|ended early")
+    assert desk.page.evaluate(hidden) == [False, False]
+    desk.page.evaluate("""(() => {
+      const real = app.api.fetchApi;
+      app.api.fetchApi = (address, ...more) => address.startsWith('/sparge_attention/runs')
+        ? Promise.resolve(new Response('{"version": 2, "runs": []}')) : real.call(app.api, address, ...more);
+      window.restart = () => app.api.dispatchEvent(new CustomEvent('reconnected'));
+      window.restoreFetch = () => { app.api.fetchApi = real; };
+      restart();
+    })()""")
+    desk.wait_progress("Waiting")
+    assert desk.page.evaluate(hidden) == [True, True]
+    desk.page.evaluate("restoreFetch(), restart()")
+    desk.wait_progress("done|ended early")
+    assert desk.page.evaluate(hidden) == [False, False]
+
+
 def test_messages_of_a_long_run_are_drawn_quickly(desk):
     desk.drop(workflow(seed=3))
     took = desk.page.evaluate("""(async () => {
