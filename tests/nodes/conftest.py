@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_calls import KEY
 
 MODULES = (
     "_comfy",
@@ -40,8 +41,14 @@ MODULES = (
     "telemetry",
     "transport",
 )
-KEY = "optimized_attention_override"
 SMALL = {"wan_t2v": (1, 16, 1, 32, 32), "qwen_image": (1, 16, 1, 32, 32), "hunyuan_video": (1, 16, 1, 32, 32)}  # 256 tokens of picture
+
+
+@pytest.fixture
+def no_gradients():
+    """As ComfyUI calls models."""
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture(scope="session")
