@@ -187,8 +187,8 @@ class Direct:
         (self.patch,) = nodes.patch.patches_of(self.patcher)
         self.state = nodes.run_state.RunState(self.patch, self.patcher, [1.0, 0.5, 0.0])
         self.state.family = None
-        facts = nodes.geometry.ModelCall(object(), (1, 16, 1, 8, 8), context_tokens, {}, {})
-        self.context = nodes.run_state.CallContext(self.state, facts)
+        call = nodes.geometry.ModelCall(object(), (1, 16, 1, 8, 8), context_tokens, {}, {})
+        self.context = nodes.run_state.CallContext(self.state, call)
         self.options = {self.patch.key: self.context, KEY: self.patch.override}
 
     def __call__(self, *args, **kwargs):

@@ -52,7 +52,7 @@ MUTANTS = {
     "the last turn is not taken": Mutant(
         HOPPER, r"barrier\.cta\.sync %r\d+, %r\d+;(?=\s+// end inline asm\s+bra\.uni)", "", 1, "topk on sm_90", "in vain"
     ),
-    "facts of a tile come after its copies": Mutant(
+    "metadata of a tile comes after its copies": Mutant(
         HOPPER,
         rf"({FACTS})((?:.*?cp\.async\.bulk[^;]*;){{4}})",
         r"\2\1",
