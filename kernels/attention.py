@@ -108,7 +108,7 @@ def sparse_attention(
     score : "subblock" | "mean"
         How blocks are ranked; "mean" is the published rule.
     compensate : bool
-        Let skipped blocks enter the softmax as a pooled term.
+        Let the blocks that are not kept enter the softmax as a pooled term.
     smooth_k : bool
         Centre K before pooling and quantising.
     layout : "HND" | "NHD"
@@ -133,7 +133,7 @@ def sparse_attention(
     Source: Zhang et al., SpargeAttention, ICML 2025 (PMLR 267); the selection rules are this project's form of it.
     """
     q, k, v = checks.tensors(q, k, v, layout)
-    rule = _rule(q.shape[1], q.device, topk, cdfthreshd, simthreshd1, score)
+    rule = _rule(q, topk, cdfthreshd, simthreshd1, score)
     given = dict(causal=causal, causal_offset=causal_offset, scale=scale, key_mask=key_mask, order=order, smooth_k=smooth_k, backend=backend)
     wanted = dict(always_keep=always_keep, pvthreshd=pvthreshd, compensate=compensate, return_lse=return_lse, return_info=return_info)
     call = _call(q, k, given | wanted)
@@ -165,7 +165,7 @@ def block_sparse_attention(
     ----------
     block_mask : BlockMask, or bool (B|1, H|1, N_q, N_k)
         N_q = ceil(S_q / 128), N_k = ceil(S_k / 64); in plan order when `order` is given. Blocks outside what causal and key_mask leave visible
-        are dropped; nothing is added. Rows with no kept block give zeros and lse = -inf. A BlockMask keeps its map on q's device for later calls.
+        are not kept; nothing is added. Rows with no kept block give zeros and lse = -inf. A BlockMask keeps its map on q's device for later calls.
 
     The other parameters, the returns and the errors are those of `sparse_attention`.
     """
@@ -199,7 +199,7 @@ def select_blocks(
     Parameters, errors: as for `sparse_attention`.
     """
     q, k, _ = checks.tensors(q, k, None, layout)
-    rule = _rule(q.shape[1], q.device, topk, cdfthreshd, simthreshd1, score)
+    rule = _rule(q, topk, cdfthreshd, simthreshd1, score)
     given = dict(causal=causal, causal_offset=causal_offset, scale=scale, key_mask=key_mask, order=order, smooth_k=smooth_k, backend=backend)
     call = _call(q, k, given | dict(always_keep=always_keep))
     kept = ops.select(call, rule, q, k)
@@ -223,7 +223,7 @@ def merge_lse(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, lay
     for name, x in {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {x!r}; pass what a call with return_lse=True returned")
-    rows = out_a.shape[:3] if layout == "HND" else (out_a.shape[0], out_a.shape[2], out_a.shape[1])
+    rows = out_a.shape[:3] if layout == "HND" or out_a.dim() < 3 else (out_a.shape[0], out_a.shape[2], out_a.shape[1])
     if out_a.dim() != 4 or out_a.shape != out_b.shape or lse_a.shape != rows or lse_b.shape != rows:
         raise ValueError(
             f"out_a and out_b must have one 4-D shape ({layout}), lse_a and lse_b the shape (B, H, S_q) of it, got {tuple(out_a.shape)}, "
@@ -266,39 +266,33 @@ def can_run(
     return BackendChoice(name, None, TABLE[name].quantised, TABLE[name].skips_pv)
 
 
-def _rule(heads: int, device: torch.device, topk, cdfthreshd, simthreshd1, score) -> Rule:
-    """The rule of a selection, from the caller's arguments; tensors go to `device`."""
+def _rule(q: Tensor, topk, cdfthreshd, simthreshd1, score) -> Rule:
+    """The rule of a selection, from the caller's arguments."""
     if topk is None and cdfthreshd is None:
         topk = 0.5
-    if topk is not None:
-        topk = checks.number("topk", topk, checks.TOPK, heads)
-    if cdfthreshd is not None:
-        cdfthreshd = checks.number("cdfthreshd", cdfthreshd, checks.CDF, heads)
-    sim = checks.number("simthreshd1", simthreshd1, checks.SIM, heads)
-    topk, cdf, sim = (x.to(device) if isinstance(x, Tensor) else x for x in (topk, cdfthreshd, sim))
-    return Rule(topk, cdf, sim, checks.choice("score", score, ("subblock", "mean")))
+    topk = None if topk is None else checks.number("topk", topk, checks.TOPK, q)
+    cdf = None if cdfthreshd is None else checks.number("cdfthreshd", cdfthreshd, checks.CDF, q)
+    return Rule(topk, cdf, checks.number("simthreshd1", simthreshd1, checks.SIM, q), checks.choice("score", score, ("subblock", "mean")))
 
 
 def _call(q: Tensor, k: Tensor, given: dict) -> Call:
     """The call of q and k, from the caller's arguments by name; those that a function does not have are as if left out."""
-    device, s_k = q.device, k.shape[2]
-    batch, heads, s_q, dim = q.shape
-    shape = (device, q.dtype, batch, heads, k.shape[1], s_q, s_k, dim)
+    device, s_q, s_k, dim = q.device, q.shape[2], k.shape[2], q.shape[3]
     causal = checks.flag("causal", given["causal"])
     offset = checks.causal_offset(causal, given["causal_offset"])
     order = checks.order(given["order"], s_q, s_k, causal)
     keep_q, keep_k = checks.always_keep(given.get("always_keep"), s_q, s_k)
     key_mask = checks.key_mask(given["key_mask"], k)
-    pv = checks.number("pvthreshd", given.get("pvthreshd", 15.0), checks.PV, heads)
     backend = choose(Kind(device, checks.choice("backend", given["backend"], NAMES), q.dtype, dim, s_k, key_mask is not None))
-    return Call(
-        *shape,
+    return Call.of(
+        q,
+        k,
         backend,
         checks.scale(given["scale"], dim),
         causal,
         offset,
         smooth_k=checks.flag("smooth_k", given["smooth_k"]),
-        pvthreshd=pv.to(device) if isinstance(pv, Tensor) else pv,
+        pvthreshd=checks.number("pvthreshd", given.get("pvthreshd", 15.0), checks.PV, q),
         compensate=checks.flag("compensate", given.get("compensate", False)),
         want_lse=checks.flag("return_lse", given.get("return_lse", False)),
         want_info=checks.flag("return_info", given.get("return_info", False)),

@@ -55,7 +55,7 @@ class KeptBlocks:
         """The block map, bool (B, H, N_q, N_k)."""
         if self.blocks.dtype == torch.bool:
             return self.blocks
-        ids = self._numbers(slice(None)).long()  # what lies behind a row's count goes to a column that is cut off
+        ids = self._numbers(slice(None)).long()  # what lies after a row's count goes to a column that is cut off
         kept = torch.zeros((*ids.shape[:-1], self.key_blocks + 1), dtype=torch.bool, device=ids.device)
         return kept.scatter_(-1, ids, True)[..., : self.key_blocks].contiguous()
 
@@ -82,7 +82,7 @@ class KeptBlocks:
         return torch.searchsorted(ids, edges.int().expand(*ids.shape[:-1], -1).contiguous()).sum(0)
 
     def _numbers(self, heads: slice) -> Tensor:
-        """The lists as int32, N_k behind a row's count."""
+        """The lists as int32, N_k after a row's count."""
         blocks = self.blocks[:, heads]
         within = torch.arange(blocks.shape[-1], device=blocks.device) < self.counts[:, heads, :, None]
         return torch.where(within, blocks.int() & 0xFFFF, self.key_blocks)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from .block_mask import BLOCK_K, BLOCK_Q, BlockMask, num_blocks
 from .cuda import driver
@@ -62,8 +64,19 @@ def _tensor(name: str, x: Tensor, q: Tensor, layout: str) -> None:
         raise TypeError(
             f"q, k and v must share dtype and device, got {q.dtype} on {q.device} for q and {x.dtype} on {x.device} for {name}; use {name}.to(q)"
         )
+    _constant(name, x)
+
+
+def _constant(name: str, x: Tensor) -> None:
+    """Refuses a tensor that a derivative is wanted by, backward or forward; under torch.func the result would be zeros in silence."""
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} must not require grad: there is no backward; call it under torch.no_grad() or detach it")
+    if torch.compiler.is_compiling() or (forward_ad._current_level < 0 and _functorch.peek_interpreter_stack() is None):
+        return
+    if not _functorch.is_batchedtensor(x) and forward_ad.unpack_dual(x).tangent is not None:
+        raise ValueError(f"{name} must have no tangent, got one: there is no forward-mode derivative; detach it")
+    if _functorch.is_functorch_wrapped_tensor(x):
+        _constant(name, _functorch.get_unwrapped(x))
 
 
 def _axes(x: Tensor) -> str:
@@ -92,21 +105,23 @@ SIM = Range(-1, 1, False, "use -0.1 to switch the judge off")
 PV = Range(0, math.inf, True, "15 is a good start, 50 is off in practice")
 
 
-def number(name: str, value, allowed: Range, heads: int) -> float | Tensor:
-    """A number, or a per-head 1-D tensor, within a range.
+def number(name: str, value, allowed: Range, q: Tensor) -> float | Tensor:
+    """A number, or a tensor with one for each head of q (B, H, S_q, D), on its device, within a range.
 
-    A tensor on the CPU is checked; one on a device is not read (that would wait for the device).
+    A tensor on the CPU is checked. One on a device is not read (that would wait for the device), nor one that only stands for another (a fake, a
+    torch.func transform's).
     """
     if isinstance(value, Tensor):
-        if value.dim() != 1 or value.shape[0] != heads:
-            raise ValueError(
-                f"{name} as a tensor must hold one value per head, shape ({heads},), got shape {tuple(value.shape)}; use one number for all heads"
-            )
-        if value.device.type == "cpu" and not torch.compiler.is_compiling():
-            for head, x in enumerate(value.tolist()):
+        if value.shape != (q.shape[1],):
+            got = tuple(value.shape)
+            raise ValueError(f"{name} as a tensor must hold one value per head, shape ({q.shape[1]},), got shape {got}; use one number for all heads")
+        _constant(name, value)
+        if value.device.type == "cpu" and not torch.compiler.is_compiling() and not _functorch.is_functorch_wrapped_tensor(value):
+            own = type(value).__torch_dispatch__ is Tensor.__torch_dispatch__  # a fake has no numbers
+            for head, x in enumerate(value.tolist() if own else ()):
                 if not (allowed.holds(x) and math.isfinite(x)):
                     raise ValueError(f"{name} must be in {allowed}, got {x} for head {head}; {allowed.remedy}")
-        return value
+        return value.to(q.device)
     if isinstance(value, bool) or not isinstance(value, _NUMBER):
         raise TypeError(f"{name} must be a number or a 1-D tensor of one value per head, got {value!r}")
     if not (allowed.holds(value) and value <= LARGEST):
@@ -158,6 +173,7 @@ def key_mask(mask, k: Tensor) -> Tensor | None:
         raise TypeError(f"key_mask must be bool (True = attend) or a float bias, got {mask.dtype}; use mask.bool()")
     if mask.device != k.device:
         raise ValueError(f"key_mask must be on the device of k ({k.device}), got {mask.device}; move it there")
+    _constant("key_mask", mask)
     return mask
 
 
@@ -206,13 +222,12 @@ def order(plan, s_q: int, s_k: int, causal: bool) -> OrderPlan | None:
 def block_mask(mask, q: Tensor, k: Tensor) -> Tensor:
     """The bool map (B|1, H|1, N_q, N_k) on q's device."""
     n_q, n_k = num_blocks(q.shape[2], BLOCK_Q), num_blocks(k.shape[2], BLOCK_K)
+    dense = mask.block_map if isinstance(mask, BlockMask) else mask
+    if not isinstance(dense, Tensor) or dense.dtype != torch.bool:
+        raise TypeError(f"block_mask must be a BlockMask or a bool tensor, got {_got(dense) if isinstance(dense, Tensor) else type(mask).__name__}")
     if isinstance(mask, BlockMask):
         # A map that is made during the capture of a CUDA graph lies in memory of that graph, and each replay writes over it.
         dense = mask.on(q.device, keep=not torch.compiler.is_compiling() and not driver.capturing(q.device))
-    elif isinstance(mask, Tensor) and mask.dtype == torch.bool:
-        dense = mask
-    else:
-        raise TypeError(f"block_mask must be a BlockMask or a bool tensor, got {_got(mask) if isinstance(mask, Tensor) else type(mask).__name__}")
     if dense.dim() != 4 or dense.shape[0] not in (1, q.shape[0]) or dense.shape[1] not in (1, q.shape[1]) or dense.shape[2:] != (n_q, n_k):
         raise ValueError(
             f"block_mask must have the shape (B|1, H|1, N_q, N_k) = ({q.shape[0]}|1, {q.shape[1]}|1, {n_q}, {n_k}), got {tuple(dense.shape)}; "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .block_mask import BLOCK_K, BLOCK_Q
-from .selection import POOL_Q, VARIANCE_CAP
+from .selection import POOL_Q, VARIANCE_CAP, in_blocks
 
 NOTHING_POOLED = -1e30
 
@@ -69,16 +69,13 @@ def pooled_state(heads: Heads, scale: float, *, shift: bool = True) -> PooledSta
         row its future.
     """
     q, k, v, weight, pooled = heads
-    n_k, s_k = pooled.shape[-1], k.shape[-2]
-    pad = (0, 0, 0, n_k * BLOCK_K - s_k)
-    w = torch.ones(s_k, dtype=torch.float32, device=k.device) if weight is None else weight
+    w = torch.ones(k.shape[-2], dtype=torch.float32, device=k.device) if weight is None else weight
     kf = torch.where(w[:, None] > 0, k.float(), 0)
     vf = torch.where(w[:, None] > 0, v.float(), 0)
-    blocks = torch.nn.functional.pad(w, (0, pad[-1])).view(n_k, BLOCK_K, 1)
+    blocks = in_blocks(w, BLOCK_K)[:, :, None]
     n = blocks.sum(1)
     share = blocks / n.clamp_min(1e-30)[:, None]
-    k_blocks = torch.nn.functional.pad(kf, pad).unflatten(-2, (n_k, BLOCK_K))
-    v_blocks = torch.nn.functional.pad(vf, pad).unflatten(-2, (n_k, BLOCK_K))
+    k_blocks, v_blocks = in_blocks(kf, BLOCK_K, -2), in_blocks(vf, BLOCK_K, -2)
     k_mean, k_square, v_mean = (k_blocks * share).sum(-2), (k_blocks.square() * share).sum(-2), (v_blocks * share).sum(-2)
     if shift:
         covariance = ((vf * w[:, None]).mT @ kf - (v_mean * n).mT @ k_mean) / w.sum().clamp_min(1e-30)
@@ -87,8 +84,7 @@ def pooled_state(heads: Heads, scale: float, *, shift: bool = True) -> PooledSta
 
     n_q, pools = pooled.shape[-2], BLOCK_Q // POOL_Q
     rows = (q.shape[-2] - torch.arange(n_q * pools, device=q.device) * POOL_Q).clamp(0, POOL_Q).float()[:, None]
-    padded = torch.nn.functional.pad(q.float(), (0, 0, 0, n_q * BLOCK_Q - q.shape[-2]))
-    means = padded.unflatten(-2, (n_q * pools, POOL_Q)).sum(-2) / rows.clamp_min(1)
+    means = in_blocks(q.float(), BLOCK_Q, -2).unflatten(-2, (pools, POOL_Q)).sum(-2).flatten(-3, -2) / rows.clamp_min(1)
     of_block = rows.unflatten(0, (n_q, pools))
     of_block = of_block / of_block.sum(1, keepdim=True)
     q_mean, q_square = ((x.unflatten(-2, (n_q, pools)) * of_block).sum(-2) for x in (means, means.square()))

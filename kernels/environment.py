@@ -30,7 +30,7 @@ def cache_dir(platform: str = sys.platform) -> Path | None:
 
 
 def log() -> bool:
-    """SPARGE_LOG: whether every new kind of call is told in a line of the log at level WARNING, where it is seen without any set-up; unset: DEBUG."""
+    """SPARGE_LOG: whether every new kind of call has its line in the log at level WARNING, where it is seen without any set-up; unset: DEBUG."""
     return os.environ.get("SPARGE_LOG", "0") not in ("", "0")
 
 

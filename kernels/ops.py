@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import nullcontext
+from operator import itemgetter
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -35,16 +37,14 @@ _RANGES = tuple(i for i, name in enumerate(_FIELDS) if _TYPES[HINTS[name]] == "i
 SCHEMA = ", ".join([f"{_TYPES[HINTS[name]]} {name}" for name in _FIELDS] + [f"Tensor? {_FIELDS[i]}_heads" for i in _PER_HEAD])
 
 
+_tensors = itemgetter(*(i for i, name in enumerate(Rule._fields + Call._fields) if Tensor in get_args(HINTS[name])))
+
+
 def pack(call: Call, rule: Rule) -> list:
     """The arguments of the operators that come after q, k and v."""
     flat = [*rule, *call[_OF_TENSORS:]]
-    for i in _PER_HEAD:
-        if isinstance(flat[i], Tensor):
-            flat.append(flat[i])
-            flat[i] = None
-        else:
-            flat.append(None)
-    return flat
+    per_head = [flat[i] if isinstance(flat[i], Tensor) else None for i in _PER_HEAD]
+    return [None if i in _PER_HEAD and isinstance(x, Tensor) else x for i, x in enumerate(flat)] + per_head
 
 
 def unpack(q: Tensor, k: Tensor, packed: tuple) -> tuple[Call, Rule]:
@@ -60,7 +60,7 @@ def unpack(q: Tensor, k: Tensor, packed: tuple) -> tuple[Call, Rule]:
 
 def select(call: Call, rule: Rule, q: Tensor, k: Tensor) -> KeptBlocks:
     """The blocks that `rule` keeps."""
-    if not _watched(q, k, *call, *rule):
+    if not _watched(call, rule, q, k):
         return _select(call, rule, q, k)
     blocks, counts, visible = _select_operator(q, k, *pack(call, rule))
     return KeptBlocks(blocks, counts, visible, num_blocks(call.s_k, BLOCK_K))
@@ -68,21 +68,22 @@ def select(call: Call, rule: Rule, q: Tensor, k: Tensor) -> KeptBlocks:
 
 def attend(call: Call, rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> Result:
     """Attention over the blocks that `rule` keeps."""
-    if not _watched(q, k, v, *call, *rule):
+    if not _watched(call, rule, q, k, v):
         return _attend(call, rule, q, k, v)
     out, lse, blocks, counts, visible, pv_tiles = _attend_operator(q, k, v, *pack(call, rule))
     kept = KeptBlocks(blocks, counts, visible, num_blocks(call.s_k, BLOCK_K)) if call.want_info else None
     return Result(out, lse if call.want_lse else None, kept, pv_tiles if call.want_info else None)
 
 
-def _watched(*values) -> bool:
-    """Whether the dispatcher has anything to do for a call with these tensors: for a compiler, a tracer, a mode, a torch.func transform,
-    a subclass, or a view that is negated when read. Backends read addresses and would miss it. An operator costs 15 us, a fifth of a call."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+def _watched(call: Call, rule: Rule, *inputs: Tensor) -> bool:
+    """Whether the dispatcher has anything to do for a call: for a compiler, a tracer, a mode, a torch.func transform, a subclass, a tensor without
+    memory, or a view that is negated when read. Backends read addresses and would miss it. `make bench` measures what an operator adds to a call."""
+    if torch.compiler.is_compiling() or inputs[0].is_meta or torch._C._get_tracing_state() is not None:
         return True
-    if torch._C._len_torch_dispatch_stack() or _transformed() is not None or _pre_dispatch():
+    if torch._C._len_torch_dispatch_stack() or _transformed() is not None or _pre_dispatch(torch._C.DispatchKey.PreDispatch):
         return True
-    return any(isinstance(x, Tensor) and (type(x) is not Tensor or x.is_neg()) for x in values)
+    values = (*inputs, *_tensors((*rule, *call)))
+    return any(x.is_neg() or x._is_zerotensor() if type(x) is Tensor else isinstance(x, Tensor) for x in values)
 
 
 def _select(call: Call, rule: Rule, q: Tensor, k: Tensor) -> KeptBlocks:
@@ -147,6 +148,6 @@ def _register() -> None:
 
 
 _register()
-_transformed, _pre_dispatch = torch._C._functorch.peek_interpreter_stack, torch._ops._len_torch_dispatch_stack_pre_dispatch
+_transformed, _pre_dispatch = torch._C._functorch.peek_interpreter_stack, torch._C._dispatch_tls_is_dispatch_key_included
 _select_operator = getattr(torch.ops, NAMESPACE).select.default
 _attend_operator = getattr(torch.ops, NAMESPACE).attend.default

@@ -68,7 +68,7 @@ class Visibility(NamedTuple):
     """Which blocks a row may see.
 
     visible : bool (B or 1, N_q or 1, N_k)
-        False where every key is masked or lies behind the causal edge of the block's last row.
+        False where every key is masked or lies after the causal edge of the block's last row.
     partial : bool (N_q, N_k) or None
         Blocks that the causal edge cuts.
     """
@@ -82,7 +82,7 @@ def visibility(call: Call, keys: Keys | None) -> Visibility:
     n_q, n_k, device = num_blocks(call.s_q, BLOCK_Q), num_blocks(call.s_k, BLOCK_K), call.device
     visible = torch.ones(1, 1, n_k, dtype=torch.bool, device=device)
     if keys is not None:
-        visible = _blocks(keys.valid, BLOCK_K).any(-1)[:, None]
+        visible = in_blocks(keys.valid, BLOCK_K).any(-1)[:, None]
     if not call.causal:
         return Visibility(visible, None)
     first_row = torch.arange(n_q, device=device)[:, None] * BLOCK_Q
@@ -117,8 +117,7 @@ def select(call: Call, rule: Rule, q: Tensor, k: Tensor) -> KeptBlocks:
     plan_keys = None if keys is None else keys.on_plan(perm)
     visible, partial = visibility(call, plan_keys)
     visible = visible.expand(batch, n_q, n_k)
-    forced = torch.zeros(n_q, n_k, dtype=torch.bool, device=device)
-    forced |= touched(call.keep_q, s_q, BLOCK_Q, perm, device)[:, None] | touched(call.keep_k, s_k, BLOCK_K, perm, device)[None]
+    forced = touched(call.keep_q, s_q, BLOCK_Q, perm, device)[:, None] | touched(call.keep_k, s_k, BLOCK_K, perm, device)[None]
     if partial is not None:
         forced |= partial
     log_count = _log_count(call, plan_keys)
@@ -162,13 +161,13 @@ def _pool(x: Tensor, block: int, weight: Tensor | None, square: bool, unit: bool
     """x fp32 (H, S, D) and weight (S,), in plan order. Rows past the end and rows of weight 0 count nowhere."""
     root = None
     if weight is None:
-        total = _blocks(torch.ones(x.shape[-2], dtype=torch.float32, device=x.device), block).sum(-1)
+        total = in_blocks(torch.ones(x.shape[-2], dtype=torch.float32, device=x.device), block).sum(-1)
     else:
         x = torch.where(weight[:, None] > 0, x, 0)
-        total = _blocks(weight, block).sum(-1)
-        root = _blocks(weight.sqrt(), block)[:, :, None]
+        total = in_blocks(weight, block).sum(-1)
+        root = in_blocks(weight.sqrt(), block)[:, :, None]
     per_row = 1 / total.clamp_min(1e-30)[:, None]
-    rows = _blocks(x, block, -2)
+    rows = in_blocks(x, block, -2)
     weighted = rows if root is None else rows * root
     mean = (weighted if root is None else weighted * root).sum(-2) * per_row
     mean_square = torch.linalg.vector_norm(weighted, dim=-2).square() * per_row if square else None
@@ -180,7 +179,7 @@ def _pool(x: Tensor, block: int, weight: Tensor | None, square: bool, unit: bool
     return _Pool(mean, mean_square, total, mean_unit)
 
 
-def _blocks(x: Tensor, block: int, dim: int = -1) -> Tensor:
+def in_blocks(x: Tensor, block: int, dim: int = -1) -> Tensor:
     """Splits dimension `dim` into (N, block), zero-padding the tail."""
     dim = dim % x.dim()
     length = x.shape[dim]
@@ -222,7 +221,7 @@ def _log_count(call: Call, keys: Keys | None) -> Tensor:
     weight = torch.ones(1, s_k, dtype=torch.float32, device=device) if keys is None else keys.weight
     n_q, n_k = num_blocks(call.s_q, BLOCK_Q), num_blocks(s_k, BLOCK_K)
     if not call.causal:
-        count = _blocks(weight, BLOCK_K).sum(-1)[:, None]
+        count = in_blocks(weight, BLOCK_K).sum(-1)[:, None]
     else:
         running = torch.nn.functional.pad(weight.double().cumsum(-1), (1, 0))
         edge = ((torch.arange(n_q, device=device) + 1) * BLOCK_Q).clamp_max(call.s_q) + call.causal_offset
@@ -242,18 +241,18 @@ def _scores(call: Call, form: str, q: _Pool, k: _Pool, log_count: Tensor, visibl
     s = scale * (q.mean @ k_mean.mT)
     variance = (k.square.repeat_interleave(group, 0) - k_mean.square()).clamp_min(0)
     half_variance = 0.5 * scale * scale * (q.mean.square() @ variance.mT)  # of the scores inside a key block
-    s = _blocks(s + half_variance.clamp_max(VARIANCE_CAP), BLOCK_Q // POOL_Q, -2) + log_count[:, None]
+    s = in_blocks(s + half_variance.clamp_max(VARIANCE_CAP), BLOCK_Q // POOL_Q, -2) + log_count[:, None]
     s = torch.where(visible[:, None], s, -math.inf)
-    used = _blocks((q.weight > 0).float(), BLOCK_Q // POOL_Q)
+    used = in_blocks((q.weight > 0).float(), BLOCK_Q // POOL_Q)
     p = _softmax(s) * used[:, :, None]
     return p.sum(-2) / used.sum(-1)[:, None]
 
 
 def _full_blocks(q: _Pool, values: Tensor) -> Tensor:
     """Weighted mean of the 32-row pools of each 128-row block: (H, N_pools, D) -> (H, N_q, D)."""
-    weight = _blocks(q.weight, BLOCK_Q // POOL_Q)
+    weight = in_blocks(q.weight, BLOCK_Q // POOL_Q)
     share = weight / weight.sum(-1, keepdim=True)
-    return (_blocks(values, BLOCK_Q // POOL_Q, -2) * share[..., None]).sum(-2)
+    return (in_blocks(values, BLOCK_Q // POOL_Q, -2) * share[..., None]).sum(-2)
 
 
 def _judged(q: _Pool, k: _Pool, group: int, sim: float | Tensor, visible: Tensor) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
+from pathlib import Path
 
 import comfy.model_management
 import comfy.patcher_extension
@@ -24,9 +26,28 @@ MONITORS = "sparge_monitors"
 ANSWERS = "sparge_attention_answers"
 """The attribute of the server that holds the functions behind the pack's routes."""
 
+TEXTS = Path(__file__).resolve().parents[1] / "locales" / "en" / "nodeDefs.json"
+"""What people read of the nodes and of their inputs and outputs, in English; the browser takes other languages from its neighbours."""
+
 WRAPPERS = comfy.patcher_extension.WrappersMP
 Interrupted = comfy.model_management.InterruptProcessingException
 """What ends a run that the user stops."""
+
+
+def schema(node: str, inputs: list, outputs: list, **more) -> io.Schema:
+    """A node's schema; its texts and those of its inputs and outputs stand in `TEXTS`."""
+    texts = json.loads(TEXTS.read_text(encoding="utf-8"))[node]
+    for entry in inputs:
+        entry.tooltip = texts["inputs"][entry.id]["tooltip"]
+    for entry, text in zip(outputs, texts["outputs"].values(), strict=True):
+        entry.display_name, entry.tooltip = text["name"], text.get("tooltip")
+    said = {"display_name": texts["display_name"], "description": texts["description"]}
+    return io.Schema(node_id=node, category="model_patches/sparge", inputs=inputs, outputs=outputs, hidden=[io.Hidden.unique_id], **said, **more)
+
+
+def check_model(model: object) -> None:
+    if not hasattr(model, "model_options"):
+        raise ValueError(f"model must be a ComfyUI model, got {model!r}; connect a loader's MODEL output")
 
 
 def add_wrapper(model, kind: str, key: str, function) -> None:

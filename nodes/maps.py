@@ -16,7 +16,7 @@ from .geometry import Grid, Place
 
 MAX_BYTES = 32 << 20  # of one run; beyond it a run keeps the maps of every second step, then of every fourth, and the latest
 MOST_REGIONS = (32, 64, 64)  # of a latent's frames, rows and columns
-BLOCK_Q, BLOCK_K = 128, 64  # tokens of a block, as in the kernels
+BLOCK_Q, BLOCK_K = 128, 64  # tokens of a block; the public door of the kernels does not name theirs (test_maps.py compares)
 
 
 class At(NamedTuple):
@@ -90,9 +90,10 @@ class RunMaps:
 
     def of_head(self, mean: PooledMap, at: At, head: int) -> PooledMap:
         """One head's map of the cell at `at`, whose mean over heads is `mean`. Raises LookupError, with a sentence for the user, without one."""
-        calls = self.heads.layers.get(at.layer, []) if at.step == self.heads.step else []
+        heads = self.heads  # once: the sampler's thread may put the next step's in its place meanwhile
+        calls = heads.layers.get(at.layer, []) if at.step == heads.step else []
         if not calls:
-            kept = self.heads.step if self.heads.layers else "none here"
+            kept = heads.step if heads.layers else "none here"
             raise LookupError(f"heads are kept for the last sparse step alone ({kept}), got step {at.step}")
         if head >= calls[0].shape[0]:
             raise LookupError(f"head must be below {calls[0].shape[0]}, got {head}")

@@ -8,7 +8,6 @@ from .patch import patches_of
 from .telemetry import runs
 
 WRAPPER_KEY = "sparge_monitor"
-MEASURE_TOOLTIP = "Also runs one call of each size densely in every run, to measure the speed-up. The time that takes is shown."
 
 
 class Watch:
@@ -37,27 +36,14 @@ class SpargeMonitor(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="SpargeMonitor",
-            display_name="Sparge Monitor",
-            category="model_patches/sparge",
-            description="Shows while the sampler runs which steps and layers are sparse, how much they keep and where, and what that saves. Put it "
-            "anywhere between the loader and the sampler; it changes no picture.",
-            inputs=[
-                io.Model.Input("model", tooltip="The model from Sparge Attention, or on its way there."),
-                io.Boolean.Input("measure_dense", default=True, tooltip=MEASURE_TOOLTIP),
-            ],
-            outputs=[io.Model.Output(display_name="model")],
-            hidden=[io.Hidden.unique_id],
-            # ComfyUI's cache gives two nodes of one class and equal inputs the same output. Here that output names the node that made it: the second
-            # monitor would get a model that names the first, and never a message of its own.
-            not_idempotent=True,
-        )
+        inputs = [io.Model.Input("model"), io.Boolean.Input("measure_dense", default=True)]
+        # ComfyUI's cache gives two nodes of one class and equal inputs the same output. Here that output names the node that made it: the second
+        # monitor would get a model that names the first, and never a message of its own.
+        return _comfy.schema("SpargeMonitor", inputs, [io.Model.Output()], not_idempotent=True)
 
     @classmethod
     def execute(cls, model, measure_dense=True) -> io.NodeOutput:
-        if not hasattr(model, "model_options"):
-            raise ValueError(f"model must be a ComfyUI model, got {model!r}; connect a loader's MODEL output")
+        _comfy.check_model(model)
         if not isinstance(measure_dense, bool):
             raise ValueError(f"measure_dense must be true or false, got {measure_dense!r}; connect a boolean")
         node = str(cls.hidden.unique_id) if cls.hidden is not None else "script"

@@ -16,7 +16,7 @@ from .run_state import CallContext
 from .settings import Rule, Settings, layer_listed
 
 SHORT_TEXT = 1024
-TILES_BELOW = 0.15  # density up to which compact blocks beat row-major ones on trained attention
+TILES_BELOW = 0.15  # density up to which compact blocks beat row-major ones on small trained models (docs/design/decisions.md)
 _numbers = itertools.count(1)
 
 
@@ -139,7 +139,7 @@ def _pooled(run: Run, info: _kernels.AttentionInfo, decision: Sparse) -> Pooled 
         return Pooled(info.pooled(), info.kept.counts.shape[-1], info.kept.key_blocks, decision.place)
     except RuntimeError as error:
         _check_device(info.kept.counts)
-        run.note = reasons.NO_PICTURE.format(error=type(error).__name__)
+        run.note = reasons.NO_MAP.format(error=type(error).__name__)
         return None
 
 
@@ -170,7 +170,7 @@ def _time_dense(run: Run, call: Timed, request: Request, attention: Callable[[],
 
 @dataclass(frozen=True)
 class Dense:
-    """The call stays dense for `reason`; `layer` None for calls that are not a block's own self-attention."""
+    """The call stays dense for `reason`; `layer` None for calls that are not a layer's own self-attention."""
 
     layer: int | None
     reason: str
@@ -178,7 +178,7 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
-    """The call runs sparse. key_mask: (B, S_k) or None; protected: token ranges that are never skipped; place: where its block map lies."""
+    """The call runs sparse. key_mask: (B, S_k) or None; protected: token ranges that are always kept; place: where its block map lies."""
 
     layer: int
     rule: Rule
@@ -205,12 +205,12 @@ def decide(request: Request, call: CallContext) -> Dense | Sparse:
         return Dense(layer, reasons.WINDOW)
     listed = False if layer is None else layer_listed(layer, run.dense_layers, run.patch.total_layers)
     if listed is not False:
-        return Dense(layer, reasons.DENSE_BLOCK if listed else reasons.COUNTING_BLOCKS)
+        return Dense(layer, reasons.DENSE_LAYER if listed else reasons.COUNTING_LAYERS)
     shortest = min(request.s_q, request.s_k)
     if shortest < settings.min_tokens:
         return Dense(layer, reasons.TOO_SHORT.format(tokens=shortest, limit=settings.min_tokens))
     if layer is None:
-        return Dense(None, reasons.NOT_A_BLOCK.format(tokens=tokens))
+        return Dense(None, reasons.NOT_A_LAYER.format(tokens=tokens))
     if request.s_k <= 64:
         return Dense(layer, reasons.ONE_BLOCK.format(tokens=request.s_k))
     key_mask, no = key_mask_of(request.mask, request.q.shape[0], request.s_k)

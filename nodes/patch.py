@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from . import _comfy, _kernels
 from ._comfy import io
 from .override import AttentionOverride
@@ -13,7 +10,6 @@ from .run_state import Patch
 from .settings import BY_PRESET, INPUTS, Input, Settings, check, parse
 
 WRAPPER_KEY = "sparge_attention"
-TEXTS = Path(__file__).resolve().parents[1] / "locales" / "en" / "nodeDefs.json"
 
 
 def install(model, settings: Settings, node: str | None = None):
@@ -37,21 +33,9 @@ class SpargeAttention(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        texts = json.loads(TEXTS.read_text(encoding="utf-8"))["SpargeAttention"]
-        told = texts["inputs"]
-        return io.Schema(
-            node_id="SpargeAttention",
-            display_name=texts["display_name"],
-            category="model_patches/sparge",
-            description=texts["description"],
-            inputs=[
-                io.Model.Input("model", tooltip=told["model"]["tooltip"]),
-                *(_widget(name, row, told[name]["tooltip"]) for name, row in INPUTS.items()),
-                io.Custom("SPARGE_POLICY").Input("policy", optional=True, tooltip=told["policy"]["tooltip"]),
-            ],
-            outputs=[io.Model.Output(display_name="model")],
-            hidden=[io.Hidden.unique_id],
-        )
+        widgets = [_widget(name, row) for name, row in INPUTS.items()]
+        inputs = [io.Model.Input("model"), *widgets, io.Custom("SPARGE_POLICY").Input("policy", optional=True)]
+        return _comfy.schema("SpargeAttention", inputs, [io.Model.Output()])
 
     @classmethod
     def validate_inputs(cls, dense_blocks=None) -> bool | str:
@@ -62,8 +46,7 @@ class SpargeAttention(io.ComfyNode):
     def execute(cls, model, policy=None, **values) -> io.NodeOutput:
         if policy is not None and not hasattr(policy, "topk"):
             raise ValueError(f"policy must come from a node that makes one, got {policy!r}; connect such a node or leave it out")
-        if not hasattr(model, "model_options"):
-            raise ValueError(f"model must be a ComfyUI model, got {model!r}; connect a loader's MODEL output")
+        _comfy.check_model(model)
         row = preset_for(_comfy.diffusion_model(model.model))
         settings = parse(values | {"policy": policy}).for_model(row)
         node = cls.hidden.unique_id if cls.hidden is not None else None
@@ -71,10 +54,10 @@ class SpargeAttention(io.ComfyNode):
         return io.NodeOutput(install(model, settings, node))
 
 
-def _widget(name: str, row: Input, tooltip: str):
+def _widget(name: str, row: Input):
     """An entry of the schema. All widgets are optional, so that a prompt saved before one was there runs as it did, and so that the front end, which
     puts optional inputs after the others, keeps their order."""
-    options = {"default": row.default if row.new is None else row.new, "optional": True, "tooltip": tooltip}
+    options = {"default": row.default if row.new is None else row.new, "optional": True}
     if row.choices:
         widget = io.Combo.Input(name, options=list(row.choices), **options)
     elif row.limits is not None:
@@ -91,7 +74,7 @@ def describe(settings: Settings, device_type: str, row: Preset | None = None) ->
     choice, preset = _kernels.backend_for(device_type, settings.backend), settings.preset_line() or _offer(settings, row)
     line = f"backend {choice.backend}" if choice.backend else f"stays dense on this device: {choice.why_not}"
     if choice.backend and not choice.skips_pv:
-        line += ": pvthreshd has no effect here (whole blocks are skipped, never half of one)"
+        line += ": pvthreshd has no effect here (of a kept block everything is computed)"
     return f"{line}; {preset}" if preset else line
 
 

@@ -1,7 +1,7 @@
-"""What the presets decide: how much is kept, and, by model family, which steps and blocks stay dense; every value with its source.
+"""What the presets decide: how much is kept, and, by model family, which steps and layers stay dense; every value with its source.
 
 The values are what others published for the same models; none was measured with this pack on real weights. Where nothing is published a row
-says so and takes careful ones: 0.2 of the schedule (the default of ComfyUI's own sparse attention node) and the first block.
+says so and takes careful ones: 0.2 of the schedule (the default of ComfyUI's own sparse attention node) and layer 0.
 """
 
 from __future__ import annotations
@@ -59,25 +59,23 @@ PRESETS: dict[str, Preset] = {row.family: row for row in (
 # fmt: on
 """By family. Two models of one row cannot be told apart by what they are built of (Flux dev and Kontext; both experts of Wan 2.2 and Wan 2.1)."""
 
-# fmt: off
-LEVELS: dict[str, Preset] = {row.family: row for row in (
-    Preset("careful", "careful", 0.7, 0.2, 1.0, "0",
-           "no source: more than SpargeAttn keeps in any example of its own; not yet measured here"),
-    Preset("balanced", "balanced", 0.5, 0.2, 1.0, "0",
-           "SpargeAttn: the default of its topk functions and of its LTX-Video example; not yet measured here"),
-    Preset("fast", "fast", 0.3, 0.2, 1.0, "0",
-           "no source: less than the 0.4 of SpargeAttn's Wan 2.2 example; not yet measured here"),
-)}
-# fmt: on
-"""The named presets; the source is that of topk. Steps and blocks are for models of a family that is not in the table above: careful values."""
+LEVELS: dict[str, Preset] = {
+    name: Preset(name, name, topk, 0.2, 1.0, "0", f"{source}; not yet measured here")
+    for name, topk, source in (
+        ("careful", 0.7, "no source: more than SpargeAttn keeps in any example of its own"),
+        ("balanced", 0.5, "SpargeAttn: the default of its topk functions and of its LTX-Video example"),
+        ("fast", 0.3, "no source: less than the 0.4 of SpargeAttn's Wan 2.2 example"),
+    )
+}
+"""The named presets; the source is that of topk. Steps and layers are for models of a family that is not in the table above: careful values."""
 
 
 def chosen(name: str, row: Preset | None) -> Preset | None:
-    """What the preset `name` decides for a model of a family's row: "auto" the row, one of LEVELS its own topk and the row's steps and blocks."""
+    """What the preset `name` decides for a model of a family's row: "auto" the row, one of LEVELS its own topk and the row's steps and layers."""
     level = LEVELS.get(name)
     if level is None or row is None:
         return level or row
-    return replace(row, label=f"{name}, {row.label}", topk=level.topk, source=f"topk: {level.source}. Steps and blocks: {row.source}")
+    return replace(row, label=f"{name}, {row.label}", topk=level.topk, source=f"topk: {level.source}. Steps and layers: {row.source}")
 
 
 def _wan(model) -> str:

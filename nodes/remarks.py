@@ -34,7 +34,7 @@ def warning_and_note(run: Run) -> tuple[str | None, str | None]:
     if run.state == "done" and run.note is not None:
         return run.note, None  # NEVER_ROUTED, NOTHING_SEEN
     found = [reason for reason, _ in run.reasons.copy().most_common() if not reason.startswith(CROSS)] or list(run.reasons)
-    waiting = not run.finished or any(reason in (reasons.WINDOW, reasons.COUNTING_BLOCKS) for reason in found)
+    waiting = not run.finished or any(reason in (reasons.WINDOW, reasons.COUNTING_LAYERS) for reason in found)
     if found and (run.state != "running" or not waiting):
         return reasons.NOTHING_SPARSE.format(reason=found[0]), run.note
     return run.warning, run.note

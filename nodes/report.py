@@ -1,4 +1,4 @@
-"""The node SpargeReport: what was skipped, as pictures, an animation, numbers and a page, after the sampler."""
+"""The node SpargeReport: what was kept, as pictures, an animation, numbers and a page, after the sampler."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from .patch import patches_of
 from .pictures import animation, block_maps, canvas, heat_map
 from .recorder import Run
 
-DATA_TOOLTIP = (
-    "The sampler's latent or the decoded images; passed through. It makes the report wait for the sampler; images lie under the maps' colours."
-)
 MAX_FRAMES = 100  # of all runs shown; longer runs show every second, third, ... step
 MAX_IMAGE = 512  # pixels of the longer edge of the images that lie under the maps
 NO_RUN = "no run since the last report"
@@ -27,27 +24,15 @@ class SpargeReport(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="SpargeReport",
-            display_name="Sparge Report",
-            category="model_patches/sparge",
-            description="Put it after the sampler. Draws which steps and layers ran sparse and how much they kept, with the reasons of every dense "
-            "call, and saves to the output folder: the heat map (PNG), an animation (GIF, WebP, MP4), the numbers (JSON, CSV) and a page with "
-            "everything (HTML). Connect the model that went into the sampler; a model without Sparge Attention reports on all runs.",
-            inputs=[
-                io.Model.Input("model", tooltip="The model that was sampled."),
-                io.MultiType.Input("data", types=[io.Latent, io.Image], tooltip=DATA_TOOLTIP),
-            ],
-            outputs=[
-                io.AnyType.Output("data_out", display_name="data", tooltip="What came in as data."),
-                io.Image.Output("heat_map", display_name="heat_map", tooltip="Steps by layers, one picture a run."),
-                io.Image.Output("frames", display_name="frames", tooltip="Heads by layers, one picture a step."),
-                io.String.Output("json", display_name="json", tooltip="All numbers."),
-                io.Image.Output("maps", display_name="maps", tooltip="Which blocks some layers kept, one picture a run. Needs a Sparge Monitor."),
-            ],
-            hidden=[io.Hidden.unique_id],
-            is_output_node=True,
-        )
+        inputs = [io.Model.Input("model"), io.MultiType.Input("data", types=[io.Latent, io.Image])]
+        outputs = [
+            io.AnyType.Output("data_out"),
+            io.Image.Output("heat_map"),
+            io.Image.Output("frames"),
+            io.String.Output("json"),
+            io.Image.Output("maps"),
+        ]
+        return _comfy.schema("SpargeReport", inputs, outputs, is_output_node=True)
 
     @classmethod
     def fingerprint_inputs(cls, **_) -> int:
@@ -55,6 +40,7 @@ class SpargeReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, data) -> io.NodeOutput:
+        _comfy.check_model(model)
         node = str(cls.hidden.unique_id) if cls.hidden is not None else "script"
         last = telemetry.runs.last_shown(node)
         found = telemetry.runs.for_report(node, [patch.key for patch in patches_of(model)])
@@ -94,7 +80,7 @@ def layer_maps(run: Run, images: np.ndarray | None) -> list[block_maps.LayerMaps
 
 
 def images_of(data) -> np.ndarray | None:
-    """The decoded images (N, H, W, 3), not more and not larger than the maps show; None for a latent."""
+    """The decoded images (N, H, W, 3), not larger than the maps show them; None for a latent."""
     if not isinstance(data, torch.Tensor):
         return None
     every = max(1, -(-max(data.shape[1:3]) // MAX_IMAGE))

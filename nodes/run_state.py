@@ -11,7 +11,7 @@ from typing import Any
 
 from . import _comfy, _kernels, geometry, reasons, remarks, schedule, telemetry, transport
 from .chain import leads_to
-from .settings import Settings, parse_blocks
+from .settings import Settings, listing_none, parse_blocks
 
 logger = logging.getLogger("sparge_attention")
 
@@ -66,10 +66,9 @@ class Patch:
             call.adopted = found
             self.run.telemetry.warning = reasons.REPLACED
             options[_comfy.KEY] = self.override
-        try:
-            return executor(x, t, c_concat, c_crossattn, control, options, **conds)
-        finally:
-            call.finish()
+        out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
+        call.finish()  # not where it failed: the last layer that it came to is not the model's last
+        return out
 
 
 def _latent_shape(x, conds) -> tuple[int, ...]:
@@ -120,10 +119,6 @@ class RunState:
         )
         self.telemetry.total_layers = patch.total_layers or 0
 
-    @property
-    def steps(self) -> int:
-        return max(1, len(self.sigmas) - 1)
-
     def at(self, sigma) -> None:
         """A model call at `sigma`, a tensor with a value per batch element."""
         self.sigma = float(sigma.max())
@@ -147,6 +142,10 @@ class RunState:
             self.telemetry.note = reasons.NEVER_ROUTED.format(family=self.family.name)
         elif self.telemetry.calls == 0 and self.sigmas:
             self.telemetry.note = reasons.NOTHING_SEEN
+        total = self.patch.total_layers
+        if total and self.telemetry.sparse_calls and (entries := listing_none(self.settings.dense_blocks, total)):
+            unlisted = reasons.LISTS_NONE.format(entries=entries, total=total)
+            self.telemetry.note = "; ".join(filter(None, (self.telemetry.note, unlisted)))
         if self.telemetry.state == "done":
             self.telemetry.finished = self.telemetry.steps
         telemetry.runs.add(self.telemetry)
@@ -188,7 +187,7 @@ class CallContext:
         return replace(self.model_call, options=options)
 
     def finish(self) -> None:
-        if self.layers:  # a later model call may run fewer: layers that are skipped in it count all the same
+        if self.layers:  # a later model call may run fewer: layers that it leaves out count all the same
             patch = self.run.patch
             patch.total_layers = max(patch.total_layers or 0, self.layers)
             self.run.telemetry.total_layers = patch.total_layers

@@ -118,7 +118,7 @@ class Settings:
         return replace(self, row=chosen, own=own, **{name: getattr(chosen, name) for name in decided})
 
     def preset_line(self, few_steps: bool = False) -> str:
-        """The preset and the values in force: "preset Mochi 1: start_percent 0.24"; what the user has set beside it. Without one: ""."""
+        """The preset and the values in force: "preset Mochi 1: start_percent 0.24", and why one is not the preset's. Without a preset: ""."""
         if self.row is None:
             return ""
         parts, unused = [], []
@@ -127,8 +127,12 @@ class Settings:
             own = self.own.get(name, default)
             if value == wanted == own == default:
                 continue
-            few = f" ({reasons.FEW_STEPS})" if few_steps and name == "start_percent" else ""
-            parts.append(f"{name} {_plain(value)}{few}" + ("" if value == wanted else f" (yours; preset: {_plain(wanted)})"))
+            said = f"{name} {_plain(value)}" + (f" ({reasons.FEW_STEPS})" if few_steps and name == "start_percent" else "")
+            if value != wanted and value == default:  # nobody's choice: `for_model` has left the preset's start out
+                said += f" (the preset's {_plain(wanted)} is not before your end_percent)"
+            elif value != wanted:
+                said += f" (yours; preset: {_plain(wanted)})"
+            parts.append(said)
             unused.append(_plain(own))
         not_used = self.preset != "auto" and any(getattr(self, name) != own for name, own in self.own.items())
         return f"preset {self.row.label}: {', '.join(parts)}" + (f" (the inputs' {', '.join(unused)} are not used)" if not_used else "")
@@ -141,7 +145,7 @@ BY_PRESET = tuple(name for name, row in INPUTS.items() if row.by_preset)
 
 
 def _plain(value) -> str:
-    return f"{value:g}" if isinstance(value, float) else value or "empty"
+    return value or "empty" if isinstance(value, str) else f"{value:g}"
 
 
 def _entries(text: str) -> list[str]:
@@ -154,14 +158,15 @@ def parse_blocks(text: str) -> tuple[tuple[int, int], ...]:
     Raises
     ------
     ValueError
-        For anything that is not a number or a range of them.
+        For anything that is not a number or a range of them from front to back; one that starts from the end must stop there, too.
     """
     ranges = []
     for entry in _entries(text):
         match = re.fullmatch(r"(-?\d+)(?:-(-?\d+))?", entry)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not match or ((first < 0) == (last < 0) and first > last):
-            raise ValueError(f"dense_blocks must hold block numbers and ranges such as '0, 3-5, -1', got {entry!r}; correct it or leave it empty")
+        if (first < 0, first) > (last < 0, last):
+            rule = "layer numbers, and ranges of them from front to back, such as '0, 3-5, -1'"
+            raise ValueError(f"dense_blocks must hold {rule}, got {entry!r}; correct it or leave it empty")
         ranges.append((first, last))
     return tuple(ranges)
 
@@ -170,13 +175,19 @@ def layer_listed(layer: int, listed: tuple[tuple[int, int], ...], total: int | N
     """Whether a layer is in the ranges of `parse_blocks`; None when that hangs on negative numbers and the total is not known yet."""
     unknown = False
     for first, last in listed:
-        if (first < 0 or last < 0) and total is None:
+        if last < 0 and total is None:
             unknown = True
             continue
         low, high = (n + total if n < 0 else n for n in (first, last))
         if low <= layer <= high:
             return True
     return None if unknown else False
+
+
+def listing_none(text: str, total: int) -> str:
+    """The entries of `dense_blocks` that list none of a model's `total` layers ("40" of 30, "5--10" of 12), as text; "" when there are none."""
+    empty = [entry for entry in _entries(text) if not any(layer_listed(layer, parse_blocks(entry), total) for layer in range(total))]
+    return ", ".join(empty)
 
 
 def check(values: Mapping[str, Any]) -> str | None:

@@ -13,6 +13,7 @@ copied: it needs nothing but torch, diffusers and sparge_kernels.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from functools import partial
 
 import torch
 from sparge_kernels import UnsupportedCall, order, sparse_attention
@@ -47,7 +48,7 @@ class SparseAttention:
         """Layer -> mean density of each of its sparse calls, left on the device until `report` reads them."""
         self.dense: Counter[str] = Counter()
         """Reason -> calls that stayed dense."""
-        self._installed: list = []
+        self._undo: list = []
 
     def install(self, transformer: torch.nn.Module, name: str = "") -> None:
         """Puts the processors into `transformer`; `name` stands before its layers in the report, for pipelines with two transformers."""
@@ -61,26 +62,22 @@ class SparseAttention:
             raise ValueError(f"dense_layers must lie in {-len(layers)} to {len(layers) - 1}, each once, got {list(self.dense_layers)}")
         for number, modules in enumerate(layers):
             for module in modules:
-                self._installed.append((module, module.processor))
+                self._undo.append(partial(setattr, module, "processor", module.processor))
                 module.processor = processor(self, f"{name}{number}", number in listed, module.processor)
-        self._installed.append((transformer.register_forward_pre_hook(self._see_grid, with_kwargs=True), None))
+        self._undo.append(transformer.register_forward_pre_hook(self._see_grid, with_kwargs=True).remove)
 
     def remove(self) -> None:
         """Gives every layer its own processor back."""
-        for module, own in self._installed:
-            if own is None:
-                module.remove()
-            else:
-                module.processor = own
-        self._installed.clear()
+        while self._undo:
+            self._undo.pop()()
 
     def step_done(self, pipe, step: int, timestep, values: dict) -> dict:
         """For the pipeline's `callback_on_step_end`."""
-        self.step = step + 1
+        self.step = (step + 1) % pipe.num_timesteps  # after the last one it is the next run's first
         return values
 
     def attend(self, layer: str, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, text: int) -> Tensor:
-        """Sparse attention over the latent's grid with `text` tokens behind it: (B, S, H, D) -> (B, S, H * D)."""
+        """Sparse attention over the latent's grid with `text` tokens after it: (B, S, H, D) -> (B, S, H * D)."""
         plan = order.plan(self.token_order, (self.grid, text) if text else (self.grid,))
         given = dict(topk=self.topk, key_mask=key_mask, always_keep=plan.protected, order=plan, layout="NHD", backend=self.backend)
         out, info = sparse_attention(q.to(v.dtype), k.to(v.dtype), v, **given, return_info=True)
@@ -156,7 +153,7 @@ class WanProcessor(SparseProcessor):
 
 
 class HunyuanVideoProcessor(SparseProcessor):
-    """HunyuanVideo: video and, behind it, the text with its padding masked. Double blocks have weights for each, single blocks one set for both."""
+    """HunyuanVideo: video and, after it, the text with its padding masked. Double blocks have weights for each, single blocks one set for both."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
         return self.answer(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
@@ -180,7 +177,7 @@ class HunyuanVideoProcessor(SparseProcessor):
 
 
 class MochiProcessor(SparseProcessor):
-    """Mochi: video and, behind it, the text; the mask is the text's alone. The last block computes its text for nothing (context_pre_only)."""
+    """Mochi: video and, after it, the text; the mask is the text's alone. The last block computes its text for nothing (context_pre_only)."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb=None):
         return self.answer(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
@@ -215,7 +212,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def joint_attention(processor: SparseProcessor, video: list[Tensor], text: list[Tensor], key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention over the video with the text behind it, taken apart again."""
+    """Attention over the video with the text after it, taken apart again."""
     lengths = video[0].shape[1], text[0].shape[1]
     q, k, v = (torch.cat([a, b], dim=1) for a, b in zip(video, text, strict=True))
     return processor.sparse.attend(processor.layer, q, k, v, key_mask, lengths[1]).split(lengths, dim=1)

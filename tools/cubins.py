@@ -228,7 +228,7 @@ class Resources:
     Attributes
     ----------
     threads : int
-        The most threads per block that it may be launched with.
+        The most threads per CTA that it may be launched with.
     registers : int
         Per thread.
     shared : int
@@ -246,7 +246,7 @@ class Resources:
 # A binary is a little-endian 64-bit ELF file. Its section .nv.info tells of all kernels, .nv.info.NAME of one. Both are lists of attributes: format,
 # kind, then a 16-bit value, which for format 4 is the length of what follows. In .nv.info that is a symbol's number and a figure.
 _REGISTERS, _FRAME, _MOST_THREADS = 0x2F, 0x11, 0x05
-# From sm_90 on the hardware keeps the first KB of a block's shared memory to itself; the section counts it in.
+# From sm_90 on the hardware keeps the first KB of a CTA's shared memory to itself; the section counts it in.
 _RESERVED = 1024
 
 

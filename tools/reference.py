@@ -42,8 +42,8 @@ def attention(
         None keeps everything.
     key_mask : bool (True = attend) or additive float (B, S_k), values <= -1e4 masked.
     pvthreshd : float or None
-        log2 units. A key tile is dropped, denominator included, for a group of rows when every row's maximum in it lies at least this far below
-        the row's running maximum; only tiles that were not dropped move the running maximum. None: never.
+        log2 units. The value half of a tile is skipped, denominator included, for a group of rows when every row's maximum in it lies at least
+        this far below the row's running maximum; only tiles that were not skipped move the running maximum. None: never.
     row_group : 16, 64 or 128; key_tile : 64 or 128
         The granularity of that rule. A 128-key tile is two kept blocks that follow each other in the row's list (an odd last one stays alone).
     qk : "exact" | "int8"
@@ -53,7 +53,7 @@ def attention(
 
     Returns
     -------
-    out in `dtype` like q; lse (B, H, S_q) natural log, of the true scores; pv_skipped (B, H): dropped / kept tiles, counted per row group.
+    out in `dtype` like q; lse (B, H, S_q) natural log, of the true scores; pv_skipped (B, H): the share of tiles skipped so, counted per row group.
     """
     batch, heads, s_q, dim = q.shape
     group, s_k = heads // k.shape[1], k.shape[2]
@@ -77,20 +77,19 @@ def attention(
             kh, vh = torch.where(seen[:, None], kh, 0), torch.where(seen[:, None], vh, 0)
             scores, lost = _scores(qh, kh, seen, scale, qk, smooth_k)
             v_values, v_scale = _value_grid(vh, pv)
-            dropped = tiles = 0
+            skipped = tiles = 0
             for i in range(n_q):
                 blocks = kept[b, h, i].nonzero()[:, 0].tolist()
-                row_blocks = [r for r in range(i * BLOCK_Q, min((i + 1) * BLOCK_Q, s_q), row_group)]
-                for first in row_blocks:
+                for first in range(i * BLOCK_Q, min((i + 1) * BLOCK_Q, s_q), row_group):
                     rows = torch.arange(first, min(first + row_group, (i + 1) * BLOCK_Q, s_q))
                     s = scores[rows] + bias
                     if causal:
                         s = torch.where(torch.arange(s_k) <= rows[:, None] + causal_offset, s, -math.inf)
                     tile_list = _tiles(blocks, key_tile, s_k)
-                    o, l, skipped = _online_softmax(s, tile_list, v_values, pvthreshd, pv, dtype)
+                    o, l, skipped_here = _online_softmax(s, tile_list, v_values, pvthreshd, pv, dtype)
                     out[b, h, rows], lse[b, h, rows] = o * v_scale, l + lost[rows]
-                    dropped, tiles = dropped + skipped, tiles + len(tile_list)
-            pv_skipped[b, h] = dropped / max(tiles, 1)
+                    skipped, tiles = skipped + skipped_here, tiles + len(tile_list)
+            pv_skipped[b, h] = skipped / max(tiles, 1)
     return out, lse, pv_skipped
 
 

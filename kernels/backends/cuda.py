@@ -51,7 +51,7 @@ def why_not(kind: Kind) -> str | None:
 
 
 def _declined(device: torch.device, dtype: torch.dtype, width: int | None, masked: bool) -> str | None:
-    """What tells against calls of one head size of the kernels; None: of no one."""
+    """Why calls of one head size of the kernels are declined; with None, why calls of all are."""
     machine, reason = machine_of(device)
     if machine is None:
         return reason
@@ -114,7 +114,7 @@ def run(call: Call, rule: Rule, q: Tensor, k: Tensor, v: Tensor) -> Result:
 
 
 class Found(NamedTuple):
-    """The machine behind a device, or why there is none for this backend."""
+    """The machine that a device is, or why there is none for this backend."""
 
     machine: Machine | None
     why_not: str | None

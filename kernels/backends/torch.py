@@ -145,14 +145,10 @@ class _Gathered:
             torch.index_select(x.view(whole, -1), 0, blocks.flatten(), out=target)
         else:
             # The last block is short: it is always the last of its list, and the caller cuts what lies past the end.
-            tail = x[whole * BLOCK_K :]
-            is_tail = blocks.flatten() == whole
             if whole:
                 torch.index_select(x[: whole * BLOCK_K].view(whole, -1), 0, blocks.flatten().clamp_max(whole - 1), out=target)
-            where = is_tail.nonzero()[:, 0]
-            if where.numel():
-                padded = F.pad(tail, (0, 0, 0, BLOCK_K - tail.shape[0])).reshape(1, -1)
-                target[where] = padded
+            tail = F.pad(x[whole * BLOCK_K :], (0, 0, 0, (whole + 1) * BLOCK_K - self.length))
+            target[blocks.flatten() == whole] = tail.reshape(1, -1)
         return target.view(blocks.shape[0], -1, width)
 
 
@@ -203,7 +199,7 @@ def _attend_head(q: Tensor, blocks: _Gathered, kept: Tensor, call: Call, want_ls
 
 
 def _causal_bias(index: Tensor, members: list[int], rows: int, length: int, offset: int, bias: Tensor | None) -> Tensor | None:
-    """Additive (R, 1, rows, length): -inf where a gathered key lies behind the causal edge of a row."""
+    """Additive (R, 1, rows, length): -inf where a gathered key lies after the causal edge of a row."""
     device = index.device
     key = (index[:, :, None] * BLOCK_K + torch.arange(BLOCK_K, device=device)).flatten(1)[:, None, None, :length]
     row = (torch.tensor(members, device=device)[:, None] * BLOCK_Q + torch.arange(rows, device=device))[:, None, :, None]

@@ -156,7 +156,7 @@ class Loader:
             except nvrtc.CompilerError as error:
                 reasons.append(str(error))
                 continue
-            except (OSError, UnicodeDecodeError) as error:
+            except (OSError, ValueError) as error:
                 reasons.append(f"the device sources cannot be read ({error}); reinstall the pack")
                 return
             _write_cached(file, code, reasons)
@@ -229,8 +229,7 @@ def kernel(device: int, variant: Variant, symbol: str) -> Kernel:
 
 
 def why_not(device: int, variants: Sequence[Variant]) -> str | None:
-    """None when every kernel of `variants` is loaded on `device` (which this does, but not while a CUDA graph is captured), else one text with every
-    reason."""
+    """None when every kernel of `variants` is loaded on `device`, else every reason in a text. Loads them, but not while a CUDA graph is captured."""
     try:
         for variant in variants:
             for symbol in variant.symbols:

@@ -56,14 +56,15 @@ class Program:
         return whole.hexdigest()
 
 
-_LITERAL = r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')"""
+_LITERAL = r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|#[ \t]*include[ \t]*<[^>\n]*>)"""
 _COMMENT = re.compile(_LITERAL + r"|//[^\n]*|/\*.*?\*/", re.DOTALL)
 _BLANK = re.compile(_LITERAL + r"|[ \t\r\f\v\n]+")
+_SPLIT = re.compile(r"\\[ \t\r\f\v]+$", re.MULTILINE)
 
 
 @lru_cache(maxsize=64)
 def bare(text: str) -> str:
-    """A source without comments, blank lines, indentation and runs of blanks; lines that a backslash continues are one, literals stay as they are.
+    """A source without comments and needless blanks; lines that a backslash continues are one, what stands in quotes or <> stays as it is.
 
     Two texts that are the same so compile to the same bytes, unless they ask for the number of a line (`__LINE__`). A test keeps the sources free of
     that, and of the literals that this does not know (raw strings, digits apart by quotes).
@@ -75,7 +76,8 @@ def bare(text: str) -> str:
 def program(name: str, arch: str, defines: tuple[tuple[str, int], ...], folder: Path = SOURCES) -> Program:
     """The program whose main file is `folder / name`.
 
-    Line ends are read as "\\n" however git checked the files out, so that the digest is the same everywhere.
+    Line ends are read as "\\n" however git checked the files out, so that the digest is the same everywhere. Raises OSError or ValueError where a
+    file cannot be read, or has a line whose end not all compilers read alike.
     """
     files: dict[str, str] = {}
     open_names = [name]
@@ -83,6 +85,9 @@ def program(name: str, arch: str, defines: tuple[tuple[str, int], ...], folder: 
         current = open_names.pop(0)
         if current not in files:
             files[current] = (folder / current).read_bytes().decode("utf-8").replace("\r\n", "\n")
+            if split := _SPLIT.search(files[current]):
+                line = files[current].count("\n", 0, split.start()) + 1
+                raise ValueError(f"{current} must have no blank after the backslash that ends a line, got one in line {line}; delete it")
             open_names += _INCLUDE.findall(files[current])
     return Program(name, tuple(files.items()), arch, defines)
 

@@ -29,14 +29,11 @@ class Grid:
     dense: np.ndarray  # bool: every call ran dense
     mixed: np.ndarray  # bool: some calls ran dense
 
-    @classmethod
-    def empty(cls, rows: int, columns: int) -> Grid:
-        return cls(np.full((rows, columns), np.nan), np.zeros((rows, columns), dtype=bool), np.zeros((rows, columns), dtype=bool))
-
 
 def grid(run: dict, step: int | None = None) -> Grid:
     """The run's cells by layer (rows) and step (columns); of one step: by layer and head."""
-    cells = Grid.empty(run["layers"], run["steps"] if step is None else run["heads"])
+    shape = run["layers"], run["steps"] if step is None else run["heads"]
+    cells = Grid(np.full(shape, np.nan), np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool))
     for cell in run["cells"]:
         if step not in (None, cell["step"]):
             continue

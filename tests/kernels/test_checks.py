@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from sparge_kernels import BlockMask, UnsupportedCall, block_sparse_attention, merge_lse, order, select_blocks, sparse_attention
+from torch.autograd import forward_ad
 
 
 def x(*shape, dtype=torch.float32, **how):
@@ -60,6 +61,9 @@ CASES = {
     "grad q": (dict(q=GRAD), ValueError, ["q", "require grad", "no_grad"]),
     "grad k": (dict(k=GRAD_K, v=x(*K)), ValueError, ["k", "require grad", "no_grad"]),
     "grad v": (dict(v=GRAD_K), ValueError, ["v", "require grad", "no_grad"]),
+    "grad key_mask": (dict(key_mask=ONES(1, 300).requires_grad_()), ValueError, ["key_mask", "require grad", "no_grad"]),
+    "grad topk": (dict(topk=ONES(4).requires_grad_()), ValueError, ["topk", "require grad", "no_grad"]),
+    "grad pv": (dict(pvthreshd=ONES(4).requires_grad_()), ValueError, ["pvthreshd", "require grad", "no_grad"]),
     "layout": (dict(layout="BSHD"), ValueError, ["layout", "HND", "NHD", "'BSHD'"]),
     "backend": (dict(backend="cudnn"), ValueError, ["backend", "auto, cuda, torch", "'cudnn'"]),
     "score": (dict(score="max"), ValueError, ["score", "subblock, mean", "'max'"]),
@@ -75,6 +79,7 @@ CASES = {
     "topk 0-d tensor": (dict(topk=torch.tensor(0.5)), ValueError, ["topk", "(4,)", "()"]),
     "topk tensor value": (dict(topk=torch.tensor([0.5, 1.0, 1.5, 0.5])), ValueError, ["topk", "(0, 1]", "1.5", "head 2"]),
     "topk tensor nan": (dict(topk=torch.tensor([0.5, 1.0, 1.0, math.nan])), ValueError, ["topk", "(0, 1]", "nan", "head 3"]),
+    "topk Parameter value": (dict(topk=torch.nn.Parameter(ONES(4) * 2, requires_grad=False)), ValueError, ["topk", "(0, 1]", "2.0", "head 0"]),
     "cdf 0": (dict(cdfthreshd=0.0), ValueError, ["cdfthreshd", "(0, 1]", "0.0"]),
     "cdf 1.1": (dict(cdfthreshd=1.1), ValueError, ["cdfthreshd", "(0, 1]", "1.1"]),
     "cdf string": (dict(cdfthreshd="a"), TypeError, ["cdfthreshd", "number", "'a'"]),
@@ -138,6 +143,7 @@ CASES = {
     "block_mask float": (dict(block_mask=ONES(1, 1, 2, 5)), TypeError, ["block_mask", "bool", "float32"]),
     "block_mask list": (dict(block_mask=[[True]]), TypeError, ["block_mask", "bool", "list"]),
     "block_mask None": (dict(block_mask=None), TypeError, ["block_mask", "bool", "None"]),
+    "BlockMask of floats": (dict(block_mask=BlockMask(ONES(1, 1, 2, 5))), TypeError, ["block_mask", "bool", "(1, 1, 2, 5)", "float32"]),
     "BlockMask shape": (dict(block_mask=BlockMask.from_dense(ONES(2, 4).bool())), ValueError, ["block_mask", "2, 5)", "(1, 1, 2, 4)"]),
 }  # fmt: skip
 
@@ -208,6 +214,39 @@ def test_grad_is_fine_under_no_grad():
     call(q=GRAD.detach())
 
 
+GIVEN = {"q": x(*Q), "k": x(*K), "v": x(*K), "key_mask": x(1, 300), "topk": ONES(4)}
+
+
+def in_dual_level(function, value):
+    with forward_ad.dual_level():
+        return function(forward_ad.make_dual(value, ONES(value.shape)))
+
+
+FORWARD = {
+    "dual numbers": in_dual_level,
+    "jvp": lambda function, value: torch.func.jvp(function, (value,), (value,)),
+    "jvp of vmap": lambda function, value: torch.func.jvp(torch.vmap(function), (value[None],), (value[None],)),
+    "vmap of jvp": lambda function, value: torch.vmap(lambda one: torch.func.jvp(function, (one,), (one,)))(value[None]),
+    "grad of jvp": lambda function, value: torch.func.grad(lambda one: torch.func.jvp(function, (value,), (one,))[1].sum())(value),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+@pytest.mark.parametrize("way", FORWARD)
+def test_a_forward_derivative_is_refused(way, name):
+    """There is none: without a word it would be zeros."""
+    with pytest.raises(ValueError, match=f"^{name} must have no tangent, got one: there is no forward-mode derivative; detach it$"):
+        FORWARD[way](lambda value: call(**{name: value}), GIVEN[name])
+    FORWARD[way](lambda value: call(**{name: value.detach()}) + 0 * value.sum(), GIVEN[name])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_derivative_through_vmap_is_refused(name):
+    with pytest.raises(ValueError, match=f"^{name} must not require grad: there is no backward"):
+        torch.func.grad(lambda values: torch.vmap(lambda value: call(**{name: value}))(values).sum())(GIVEN[name][None])
+
+
 def test_what_is_allowed_is_not_refused():
     for options in (
         dict(topk=1), dict(topk=1.0), dict(topk=1e-9), dict(cdfthreshd=1), dict(simthreshd1=-1), dict(simthreshd1=1), dict(pvthreshd=1e-6),
@@ -237,6 +276,9 @@ def test_merge_lse_errors():
         with pytest.raises(ValueError) as caught:
             merge_lse(*arguments)
         assert all(part in str(caught.value) for part in parts)
+    for layout in ("HND", "NHD"):
+        with pytest.raises(ValueError, match=r"out_a and out_b must have one 4-D shape .*got \(5, 4\), \(5, 4\)"):
+            merge_lse(x(5, 4), x(5), x(5, 4), x(5), layout=layout)
     with pytest.raises(ValueError, match="layout must be one of HND, NHD, got 'x'"):
         merge_lse(a, la, a, la, layout="x")
 

@@ -192,6 +192,35 @@ def test_what_the_dispatcher_has_to_do_first_is_done(clustered, monkeypatch, cas
     assert torch.equal(SEEN[case](q, k, v), plain) and len(calls) == 1
 
 
+def test_tensors_without_memory_go_through_the_dispatcher(clustered):
+    """Zeros that are nowhere, as derivatives are made of, and shapes alone."""
+    q, k, v = (clustered(n, 1, 2, 200, 16) for n in (1, 3, 5))
+    assert torch.equal(sparse_attention(torch._efficientzerotensor(q.shape), k, v, topk=0.3), sparse_attention(torch.zeros_like(q), k, v, topk=0.3))
+    shapes = [x.to("meta") for x in (q, k, v)]
+    out, lse = sparse_attention(*shapes, topk=0.3, return_lse=True, backend="torch")
+    assert out.is_meta and out.shape == q.shape and lse.is_meta and lse.shape == q.shape[:3]
+    assert select_blocks(*shapes[:2], topk=0.3, backend="torch").block_map.shape == (1, 2, 2, 4)
+
+
+PER_HEAD = {
+    "vmap": lambda run, q, topk: torch.vmap(lambda x: run(q, x))(topk[None])[0],
+    "functionalize": lambda run, q, topk: torch.func.functionalize(run)(q, topk),
+    "make_fx": lambda run, q, topk: make_fx(run)(q, topk)(q, topk),
+    "make_fx with fake tensors": lambda run, q, topk: make_fx(run, tracing_mode="fake")(q, topk)(q, topk),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+@pytest.mark.parametrize("way", PER_HEAD)
+def test_a_number_per_head_need_not_be_readable(clustered, way):
+    q, topk = clustered(1, 1, 2, 200, 16), torch.tensor([0.3, 0.6])
+
+    def run(q, topk):
+        return sparse_attention(q, q, q, topk=topk)
+
+    assert torch.equal(PER_HEAD[way](run, q, topk), run(q, topk))
+
+
 def test_a_graph_made_before_dispatch_has_the_operator(clustered):
     q, k, v = (clustered(n, 1, 2, 200, 16) for n in (1, 3, 5))
     graph = make_fx(lambda q, k, v: sparse_attention(q, k, v, topk=0.3), pre_dispatch=True)(q, k, v).graph

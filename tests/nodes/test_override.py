@@ -21,7 +21,7 @@ DIRECT = {
     "dtype": ({}, dict(dtype=torch.float64), "dtype float64 (float16, bfloat16 and float32 are supported)"),
     "head-dim": ({}, dict(dim=264), "head_dim 264 (up to 256 is supported)"),
     "cross": ({}, dict(s_k=1024), "cross-attention to 1,024 tokens"),
-    "one-block": ({}, dict(s_q=64), "64 tokens are too few to skip any"),
+    "one-block": ({}, dict(s_q=64), "64 tokens are too few to choose from"),
 }
 
 
@@ -158,9 +158,9 @@ def test_order_of_the_questions(nodes, direct, monkeypatch):
         "dtype float64",
         "head_dim 264",
         "outside the step window",
-        "block is listed in dense_blocks",
+        "layer is listed in dense_blocks",
         "60 tokens < min_tokens 1,000",
-        "60 tokens are too few to skip any",
+        "60 tokens are too few to choose from",
         "mask differs per head",
         "the policy asks for dense attention here",
     ]
@@ -178,9 +178,9 @@ def test_gradients_come_before_the_window(direct):
 def test_all_reasons_are_provoked_here(nodes):
     """A reason that is added to the table needs a test here; those of monitors have theirs in test_monitor.py."""
     names = {name for name in vars(nodes.reasons) if name.isupper()}
-    assert names - {"NO_NODE", "NOTHING_SPARSE", "REPLACED", "NOT_TIMED", "NO_PICTURE", "FEW_STEPS"} == {
-        "OPTED_OUT", "GRADIENTS", "DTYPE", "HEAD_DIM", "NO_BACKEND", "WINDOW", "DENSE_BLOCK", "COUNTING_BLOCKS", "CROSS_ATTENTION", "TOO_SHORT",
-        "NOT_A_BLOCK", "ONE_BLOCK", "MASK_PER_QUERY", "MASK_PER_HEAD", "MASK_SHAPE", "POLICY_DENSE", "NEVER_ROUTED", "NOTHING_SEEN", "ENDED_EARLY",
+    assert names - {"NO_NODE", "NOTHING_SPARSE", "REPLACED", "NOT_TIMED", "NO_MAP", "FEW_STEPS", "LISTS_NONE"} == {
+        "OPTED_OUT", "GRADIENTS", "DTYPE", "HEAD_DIM", "NO_BACKEND", "WINDOW", "DENSE_LAYER", "COUNTING_LAYERS", "CROSS_ATTENTION", "TOO_SHORT",
+        "NOT_A_LAYER", "ONE_BLOCK", "MASK_PER_QUERY", "MASK_PER_HEAD", "MASK_SHAPE", "POLICY_DENSE", "NEVER_ROUTED", "NOTHING_SEEN", "ENDED_EARLY",
     }  # fmt: skip
 
 
@@ -188,8 +188,8 @@ def test_all_reasons_are_provoked_here(nodes):
 
 
 WINDOW = "outside the step window (start_percent, end_percent)"
-LISTED = "block is listed in dense_blocks"
-COUNTING = "first model call: counting the blocks for the negative numbers in dense_blocks"
+LISTED = "layer is listed in dense_blocks"
+COUNTING = "first model call: counting the layers for the negative numbers in dense_blocks"
 
 
 def test_window(tiny, patched, last_run):

@@ -92,8 +92,8 @@ def test_the_table_of_inputs(nodes):
 def test_a_new_input_is_a_row(nodes, monkeypatch):
     """What is added to the table is in the schema, is checked, and is marked."""
     rows, limits = nodes.settings.INPUTS, nodes.settings.Limits(0, 9, 3, "take 3")
-    made = nodes.patch._widget("added", nodes.settings.Input(3, limits, advanced=True), "What it does.")
-    assert (made.id, made.default, made.min, made.max, made.step, made.tooltip, made.optional) == ("added", 3, 0, 9, 3, "What it does.", True)
+    made = nodes.patch._widget("added", nodes.settings.Input(3, limits, advanced=True))
+    assert (made.id, made.default, made.min, made.max, made.step, made.optional) == ("added", 3, 0, 9, 3, True)
     monkeypatch.setitem(rows, "added", nodes.settings.Input(3, limits))
     assert nodes.settings.check({"added": 10}) == "added must be 0 to 9, got 10; take 3"
 
@@ -141,6 +141,8 @@ BAD = {
     "blocks-float": ("dense_blocks", "1.5", "'0, 3-5, -1'"),
     "blocks-backwards": ("dense_blocks", "0, 5-3", "'0, 3-5, -1'"),
     "blocks-negative-backwards": ("dense_blocks", "-1--3", "'0, 3-5, -1'"),
+    "blocks-from-the-end-to-the-front": ("dense_blocks", "-1-3", "'0, 3-5, -1'"),
+    "blocks-from-the-end-to-0": ("dense_blocks", "-40-0", "'0, 3-5, -1'"),
 }
 
 
@@ -206,6 +208,8 @@ BLOCKS = {
     "0;3 -1": ((0, 0), (3, 3), (-1, -1)),
     "-3--1": ((-3, -1),),
     "2--1": ((2, -1),),
+    "5--10": ((5, -10),),
+    "0--40": ((0, -40),),
     ",,7,": ((7, 7),),
 }
 
@@ -230,7 +234,7 @@ def test_the_node_as_comfyui_runs_it(nodes, tiny):
     assert patch.settings.shown() == values | {"preset": "none"}
     assert patcher is not model.patcher and nodes.patch.patches_of(model.patcher) == []
     comfy_models.sample(model, patcher)
-    assert nodes.telemetry.runs.closed[-1].to_dict()["reasons"]["block is listed in dense_blocks"] == 2
+    assert nodes.telemetry.runs.closed[-1].to_dict()["reasons"]["layer is listed in dense_blocks"] == 2
 
 
 def test_without_a_hidden_id(nodes, tiny):

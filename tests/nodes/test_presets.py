@@ -104,6 +104,7 @@ def test_the_help_pages_have_the_table(presets):
 
 # The node.
 
+EARLY = "(the preset's 0.24 is not before your end_percent)"
 DEFAULTS = dict(start_percent=0.0, end_percent=1.0, dense_blocks="")
 LEVELS = {"careful": 0.7, "balanced": 0.5, "fast": 0.3}
 
@@ -155,10 +156,15 @@ def test_auto_changes_nothing_for_other_models(nodes, execute):
         (dict(end_percent=0.9), (0.24, 0.9, "0"), "start_percent 0.24, end_percent 0.9 (yours; preset: 1), dense_blocks 0"),
         (dict(dense_blocks="1, -1"), (0.24, 1.0, "1, -1"), "start_percent 0.24, dense_blocks 1, -1 (yours; preset: 0)"),
         # The preset's start would leave the user's window empty.
-        (dict(end_percent=0.2), (0.0, 0.2, "0"), "start_percent 0 (yours; preset: 0.24), end_percent 0.2 (yours; preset: 1), dense_blocks 0"),
-        (dict(end_percent=0.24), (0.0, 0.24, "0"), "start_percent 0 (yours; preset: 0.24), end_percent 0.24 (yours; preset: 1), dense_blocks 0"),
+        (dict(end_percent=0.2), (0.0, 0.2, "0"), f"start_percent 0 {EARLY}, end_percent 0.2 (yours; preset: 1), dense_blocks 0"),
+        (dict(end_percent=0.24), (0.0, 0.24, "0"), f"start_percent 0 {EARLY}, end_percent 0.24 (yours; preset: 1), dense_blocks 0"),
+        (
+            dict(start_percent=0.1, end_percent=0.2),
+            (0.1, 0.2, "0"),
+            "start_percent 0.1 (yours; preset: 0.24), end_percent 0.2 (yours; preset: 1), dense_blocks 0",
+        ),
     ],
-    ids=["topk", "none", "empty_blocks", "start", "same_start", "end", "blocks", "early_end", "end_at_the_start"],
+    ids=["topk", "none", "empty_blocks", "start", "same_start", "end", "blocks", "early_end", "end_at_the_start", "a_window_of_the_users"],
 )
 def test_what_the_user_changed_wins_and_the_line_says_so(execute, values, expected, line):
     settings = execute(preset="auto", **{"topk": 0.5, **DEFAULTS, **values})[1]
@@ -185,6 +191,7 @@ def test_the_lines_of_named_presets(execute):
     assert line == "preset fast, Wan 2.1 / 2.2 t2v: topk 0.3, start_percent 0.24, dense_blocks 0 (the inputs' 0.5, 0, empty are not used)"
     line = execute(preset="balanced", topk=0.5, start_percent=0.24, dense_blocks="0")[1].preset_line()
     assert line == "preset balanced, Wan 2.1 / 2.2 t2v: start_percent 0.24, dense_blocks 0"  # the inputs say so, too
+    assert execute(preset="fast", topk=1, start_percent=0, end_percent=1)[1].preset_line().endswith("(the inputs' 1, 0, empty are not used)")
     line = execute("auraflow", preset="careful", topk=0.5, end_percent=0.9)[1].preset_line()
     assert line == "preset careful: topk 0.7, start_percent 0.2, end_percent 1, dense_blocks 0 (the inputs' 0.5, 0, 0.9, empty are not used)"
 

@@ -84,12 +84,12 @@ def test_a_saved_prompt_runs_as_it_did(server):
         return json.loads(written)["runs"][-1]
 
     def dense_steps(run: dict) -> list[int]:
-        """Of the last block, which no preset keeps dense here."""
+        """Of the last layer, which no preset keeps dense here."""
         return [c["step"] for c in run["cells"] if c["layer"] == run["layers"] - 1 and not c["sparse_calls"]]
 
     old, new = run(), run(preset="auto")
     assert (dense_steps(old), old["settings"]["preset"], old["settings"]["start_percent"]) == ([], "none", 0.0)
     assert (dense_steps(new), new["settings"]["preset"], new["settings"]["start_percent"]) == ([0, 1, 2], "Wan 2.1 / 2.2 t2v", 0.24)
-    assert "block is listed in dense_blocks" in new["reasons"] and not any("dense_blocks" in reason for reason in old["reasons"])
+    assert "layer is listed in dense_blocks" in new["reasons"] and not any("dense_blocks" in reason for reason in old["reasons"])
     with pytest.raises(comfy_server.PromptError, match="preset"):
         run(preset="Wan")

@@ -292,7 +292,42 @@ def test_a_shorter_model_call_counts_no_layers_away(nodes, direct):
     for _ in (2, 3, 4):
         ours(q, k, v, 2, skip_reshape=True)
     cells = {cell["layer"]: cell["reasons"] for cell in ours.closed()["cells"]}
-    assert cells == {2: {}, 3: {}, 4: {"block is listed in dense_blocks": 1}}
+    assert cells == {2: {}, 3: {}, 4: {"layer is listed in dense_blocks": 1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "entries"),
+    [("7", "7"), ("0, 5-9, 3--4, -9, -2", "5-9, 3--4, -9"), ("5--10", "5--10"), ("0, 3-9, 2--3, -9--5", ""), ("", "")],
+    ids=["one", "several", "two_ends", "all_list_some", "empty"],
+)
+def test_numbers_that_list_no_layer_are_named(nodes, tiny, patched, last_run, caplog, text, entries):
+    """HunyuanVideo has five here. What of them is meant is known after the first model call only, and said after the run."""
+    model = tiny("hunyuan_video")
+    with caplog.at_level("INFO", "sparge_attention"):
+        comfy_models.sample(model, patched(model, dense_blocks=text))
+    said = f"dense_blocks: {entries} lists none of the model's 5 layers; correct it or leave it empty"
+    assert last_run()["note"] == (said if entries else None) and last_run()["totals"]["sparse_calls"]
+    assert (said in caplog.messages[-1]) == bool(entries) and "calls sparse" in caplog.messages[-1]
+    assert nodes.remarks.warning_and_note(nodes.telemetry.runs.closed[-1]) == (None, last_run()["note"])
+
+
+def test_a_model_call_that_fails_counts_no_layers(nodes, tiny, patched, passing):
+    """The next run would take the layer it failed in for the model's last."""
+    model = tiny("hunyuan_video")
+    calls = passing()
+
+    def failing(func, *args, **kwargs):
+        if len(calls.seen) == 4:
+            raise InterruptedError("stopped")
+        return calls(func, *args, **kwargs)
+
+    source = model.patcher.clone()
+    source.model_options["transformer_options"]["optimized_attention_override"] = failing
+    patcher = patched(source, dense_blocks="-1", topk=1.0, start_percent=1.0)
+    with pytest.raises(InterruptedError):
+        comfy_models.sample(model, patcher)
+    (patch,) = nodes.patch.patches_of(patcher)
+    assert len(calls.seen) == 4 and patch.total_layers is None
 
 
 def test_a_rising_schedule_is_sparse_from_its_first_call(tiny, patched, last_run):

@@ -318,6 +318,17 @@ def test_what_no_backend_takes_stays_dense_with_its_reason(case, sparge):
     assert reason.startswith("no backend can run this attention call: cuda: ") and "no attention call ran sparse" in sparse.report()
 
 
+def test_the_first_steps_of_every_run_stay_dense(sparge):
+    pipe = importlib.import_module("diffusers_wan").tiny()
+    pipe.set_progress_bar_config(disable=True)
+    sparse = sparge.SparseAttention(dense_steps=1)
+    sparse.install(pipe.transformer)
+    for run in (1, 2):
+        pipe("a fox", height=64, width=64, num_frames=1, num_inference_steps=2, max_sequence_length=64, output_type="latent",
+             callback_on_step_end=sparse.step_done)  # fmt: skip
+        assert sparse.dense["the first step"] == run * 3 * 2 == len(sparse.densities["0"]) * 3
+
+
 def test_install_and_remove(sparge):
     transformer = importlib.import_module("diffusers_wan").tiny().transformer
     own = [m.processor for b in transformer.blocks for m in (b.attn1, b.attn2)]

@@ -37,6 +37,7 @@ test("shares keep the digits that tell them apart", () => {
 test("durations", () => {
   const texts = [0, 0.04, 8.26, 512, 1500, 41000, 125000, null].map((ms) => duration(ms, t));
   assert.deepEqual(texts, ["0 ms", "0.0 ms", "8.3 ms", "512 ms", "1.5 s", "41 s", "2 min 05 s", "–"]);
+  assert.deepEqual([59499, 59970, 119700].map((ms) => duration(ms, t)), ["59 s", "1 min 00 s", "2 min 00 s"]); // never 60 s, nor 0 min
   assert.equal(integer(32760, t), "32,760");
 });
 

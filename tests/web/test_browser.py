@@ -217,6 +217,27 @@ def test_a_page_that_is_reloaded_in_the_middle_of_a_run_goes_on(monitor):
     monitor.wait_progress("ended early")
 
 
+def test_a_server_that_was_restarted_leaves_no_run_on_the_panel(monitor):
+    """It knows none: no numbers and no heat map of a run that is gone, until there is one again."""
+    hidden = f"[getComputedStyle({PANEL}.querySelector('.sparge-heat canvas')).visibility === 'hidden', {PANEL}.querySelector('table').hidden]"
+    monitor.drop(workflow(seed=3))
+    monitor.wait_progress("done|ended early")
+    assert monitor.page.evaluate(hidden) == [False, False]
+    monitor.page.evaluate("""(() => {
+      const real = app.api.fetchApi;
+      app.api.fetchApi = (address, ...more) => address.startsWith('/sparge_attention/runs')
+        ? Promise.resolve(new Response('{"version": 2, "runs": []}')) : real.call(app.api, address, ...more);
+      window.restart = () => app.api.dispatchEvent(new CustomEvent('reconnected'));
+      window.restoreFetch = () => { app.api.fetchApi = real; };
+      restart();
+    })()""")
+    monitor.wait_progress("Waiting")
+    assert monitor.page.evaluate(hidden) == [True, True]
+    monitor.page.evaluate("restoreFetch(), restart()")
+    monitor.wait_progress("done|ended early")
+    assert monitor.page.evaluate(hidden) == [False, False]
+
+
 def test_messages_of_a_long_run_are_drawn_quickly(monitor):
     monitor.drop(workflow(seed=3))
     took = monitor.page.evaluate("""(async () => {

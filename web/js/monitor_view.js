@@ -167,6 +167,7 @@ export class MonitorView {
       if (this.map.isOpen) this.closeMap();
     }
     this.showText(run);
+    this.heat.element.style.visibility = run ? "" : "hidden"; // else the last run of a server that was restarted would stay on it
     if (run) this.showHeat(run);
   }
 
@@ -179,7 +180,7 @@ export class MonitorView {
     setText(this.warning, run?.warning ?? "");
     setText(this.note, this.problem ? t(this.problem) : (run?.note ?? ""));
     setText(this.cost, run && Number.isFinite(run.totals.measuring_ms) ? t("measuring", { time: duration(run.totals.measuring_ms, t) }) : "");
-    this.numbers.replaceChildren(...(run?.step || run?.totals.sparse_calls ? this.rows(run) : []));
+    this.numbers.replaceChildren(...(run && lastStep(run) >= 0 ? this.rows(run) : []));
     this.reasons.replaceChildren(...(run?.reasons ?? []).map(([reason, n]) => el("li", { text: t("reason", { n: integer(n, t), reason }) })));
     this.reasonsTitle.hidden = this.reasons.hidden = !run?.reasons.length;
     for (const line of [this.headline, this.warning, this.note, this.cost, this.numbers]) line.hidden = !line.hasChildNodes();

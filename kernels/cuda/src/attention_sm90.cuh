@@ -12,8 +12,7 @@
 //   barriers hand the turn over.
 //   Overlap (kOverlap 1): no turns; a warpgroup does its next softmax while its own P V is under way.
 //   kParts 2: P V in two halves of the channels, one after the other, for half the registers.
-// When no row of a warpgroup comes within pvthreshd of its running maximum, the warpgroup skips the tile's P V: no exp, no product, nothing in the
-// denominator, and the maxima stay. The rest is as in attention_mma.cuh.
+// Whether a tile's P V is skipped is decided by a warpgroup, not by a warp; what that means, and the rest, is as in attention_mma.cuh.
 #pragma once
 #include <prim_sm90.cuh>
 #include <layout.cuh>

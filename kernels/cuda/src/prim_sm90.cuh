@@ -70,7 +70,6 @@ DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-
 // ---- matrix products of a warpgroup ------------------------------------------------------------------------------------------------------------
 // c (64 x N) = a (64 x 32) b (N x 32)^T, plus c where `accumulate`. Warp w of the four has rows 16 w to 16 w + 15; with g = lane / 4, t = lane % 4:
 // c[j][0], c[j][1]: row g of the warp's, columns 8 j + 2 t and the next; c[j][2], c[j][3]: row g + 8. Operands in registers: as for mma.sync, K = 32.

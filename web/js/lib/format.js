@@ -10,13 +10,14 @@ export function share(value) {
   return value.toFixed(value < 0.1 ? 3 : 2);
 }
 
+/** A time of 0 ms or more in words. */
 export function duration(ms, t) {
   if (!isNumber(ms)) return "–";
-  const size = Math.abs(ms);
-  if (!size) return t("milliseconds", { n: 0 });
-  if (size < 1000) return t("milliseconds", { n: size < 10 ? ms.toFixed(1) : ms.toFixed(0) });
-  if (size < 59950) return t("seconds", { n: (ms / 1000).toFixed(size < 10000 ? 1 : 0) });
-  return t("minutes", { n: Math.floor(ms / 60000), s: String(Math.floor((ms / 1000) % 60)).padStart(2, "0") });
+  if (!ms) return t("milliseconds", { n: 0 });
+  if (ms < 1000) return t("milliseconds", { n: ms < 10 ? ms.toFixed(1) : ms.toFixed(0) });
+  const whole = Math.round(ms / 1000);
+  if (whole < 60) return t("seconds", { n: (ms / 1000).toFixed(ms < 10000 ? 1 : 0) });
+  return t("minutes", { n: Math.floor(whole / 60), s: String(whole % 60).padStart(2, "0") });
 }
 
 export function integer(value, t) {
