@@ -59,7 +59,7 @@ def _hopper(arch: str) -> bool:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """A kernel and what it is run with, one block on each multiprocessor.
+    """A kernel and what it is run with, one CTA on each multiprocessor.
 
     Attributes
     ----------
@@ -67,19 +67,19 @@ class Ceiling:
     symbol : str
         In `file`.
     work : float
-        Of one round of one block: operations (two for a multiplication and its addition), exponentials, values converted, or bytes.
+        Of one round of one CTA: operations (two for a multiplication and its addition), exponentials, values converted, or bytes.
     unit : str
         Of 10^12 of them in a second.
     operands : str
         "s8", "fp16", "e4m3" or "fp32": what the random data are; "region": what copies read.
     rounds : int
-        Of the same work per block.
+        Of the same work per CTA.
     exists : callable
         arch -> whether this GPU has what is measured.
     file : str
         PORTABLE or HOPPER.
     threads, shared : int
-        Of a block; bytes.
+        Of a CTA; bytes.
     copy : int
         Bytes of one bulk copy.
     """
@@ -198,7 +198,7 @@ def measure(
     Returns
     -------
     list of dict
-        {"name", "unit", "rate" in that unit, "per_cycle": of one multiprocessor (bytes, or what the unit counts), "ghz": cycles that a block counted
+        {"name", "unit", "rate" in that unit, "per_cycle": of one multiprocessor (bytes, or what the unit counts), "ghz": cycles that a CTA counted
         over the time of its launch, "ms": spread of ROUNDS runs}, None where something has no meaning; of what failed {"name", "reason"}.
     """
     compiled = compile_ceilings(machine.arch) if compiled is None else compiled

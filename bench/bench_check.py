@@ -49,15 +49,15 @@ NASTY = (
     ("edge before the first key, masked keys", torch.float16, 2, 2, 2, 200, 391, 64,
      {"topk": 0.6, "causal": True, "causal_offset": -40, "key_mask": "bool"}),
     ("mass and judge", torch.bfloat16, 1, 2, 1, 300, 560, 64, {"cdfthreshd": 0.8, "simthreshd1": 0.3}),
-    ("dropped tiles under a bias", torch.bfloat16, 1, 2, 2, 300, 560, 64, {"topk": 0.5, "key_mask": "bias", "pvthreshd": 3.0, "spread": 2.0}),
+    ("PV skipped under a bias", torch.bfloat16, 1, 2, 2, 300, 560, 64, {"topk": 0.5, "key_mask": "bias", "pvthreshd": 3.0, "spread": 2.0}),
     ("rows of 40 channels, token before head", torch.float32, 2, 2, 1, 130, 200, 40, {"topk": 0.5, "nhd": True}),
     ("33 channels, a batch that sees nothing", torch.float32, 2, 2, 2, 130, 200, 33, {"topk": 0.5, "key_mask": "blind"}),
     ("published score, kept tokens", torch.float16, 1, 2, 1, 300, 391, 128,
      {"topk": 0.4, "score": "mean", "always_keep": {"q": [(3, 9)], "k": [(300, 320)]}}),
     ("mass under a mask", torch.float16, 2, 2, 1, 300, 391, 128, {"cdfthreshd": 0.7, "key_mask": "bool"}),
-    ("dropped tiles", torch.bfloat16, 2, 4, 2, 300, 560, 128, {"topk": 0.6, "pvthreshd": 3.0, "spread": 2.0}),
+    ("PV skipped", torch.bfloat16, 2, 4, 2, 300, 560, 128, {"topk": 0.6, "pvthreshd": 3.0, "spread": 2.0}),
     ("edge and bias", torch.bfloat16, 1, 2, 2, 300, 391, 128, {"topk": 0.6, "causal": True, "causal_offset": 91, "key_mask": "bias"}),
-    ("100 channels, a plan", torch.float32, 1, 2, 1, 367, 367, 100, {"topk": 0.5, "order": (97, (3, 9, 10))}),
+    ("100 channels, an order", torch.float32, 1, 2, 1, 367, 367, 100, {"topk": 0.5, "order": (97, (3, 9, 10))}),
     ("96 channels, masked keys, no centre", torch.float32, 1, 2, 2, 300, 391, 96, {"topk": 0.5, "key_mask": "bool", "smooth_k": False}),
     # What the kernels decide at run time.
     ("one row, one key", torch.bfloat16, 1, 1, 1, 1, 1, 128, {}),
@@ -149,7 +149,7 @@ def _compare(q, k, v, out, lse, kept, pv, how, tiles) -> dict[str, tuple[float, 
     rows, keys = tiles[config.padded_dim(q.shape[3])]
     selecting = {key: value for key, value in how.items() if key not in ("block_mask", "pvthreshd")}
     selected = how["block_mask"] if "block_mask" in how else sparge_kernels.select_blocks(q, k, **selecting, backend="torch").to_dense()
-    if "order" in how:  # the map is in the plan's order, and so is the reference
+    if "order" in how:  # the map is in plan order, and so is the reference
         perm = how["order"].perm
         q, k, v, out, lse = q[:, :, perm], k[:, :, perm], v[:, :, perm], out[:, :, perm], lse[:, :, perm]
     common = {key: how[key] for key in ("causal", "causal_offset", "key_mask") if key in how}
@@ -178,7 +178,7 @@ def _compensated(pv: str, device: torch.device, dim: int, segments: tuple | None
     out, _, kept = attend(q.to(device), k.to(device), v.to(device), topk=0.4, compensate=True, **how)
     truth = sparge_kernels.block_sparse_attention(q.float(), k.float(), v.float(), kept.cpu(), compensate=True, backend="torch", **how)
     error = float((out.cpu().float() - truth).norm() / truth.norm())
-    return Check(f"compensated, D {dim}{', a plan' if segments else ''}, relative L2, {pv}", error, flat_bound(pv, q.dtype))
+    return Check(f"compensated, D {dim}{', an order' if segments else ''}, relative L2, {pv}", error, flat_bound(pv, q.dtype))
 
 
 def _lists(generator, lengths: tuple[int, ...], batch: int, heads: int, n_q: int, n_k: int) -> Tensor:

@@ -1,6 +1,6 @@
 """What a tile of attention, the pre-pass and the selection must cost at least, and what was predicted of Hopper's kernel before it was measured.
 
-Cycles are those of one multiprocessor for a tile: 128 queries against the keys that a block takes at a time.
+Cycles are those of one multiprocessor for a tile: 128 queries against the keys that a CTA takes at a time.
 """
 
 from __future__ import annotations

@@ -184,7 +184,7 @@ def supervise(options: argparse.Namespace) -> int:
 def impatient(rehearsal: list[str], wanted: list[Step]) -> list[Step]:
     """The steps, in a rehearsal with less patience for those that are made to hang."""
     spec = f",{rehearsal[1]}," if rehearsal else ""
-    return [replace(step, limit=8.0) if f",{step.name}=hang," in spec else step for step in wanted]
+    return [replace(step, limit=4.0) if f",{step.name}=hang," in spec else step for step in wanted]
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python bench/instruction_mix.py [--dim 128] [--arch sm_90] [--pv fp8] [--nvdisasm PATH]
 
-The way through the loop is the shortest one that takes the integer maxima (no edge cuts the tile), all exponentials, both products (the tile is not
-dropped), and the copies of a later tile where the same warps start them. nvdisasm comes with the CUDA toolkit, with Triton, or as
+The way through the loop is the shortest one that takes the integer maxima (no edge cuts the tile), all exponentials, both products (its PV is
+not skipped), and the copies of a later tile where the same warps start them. nvdisasm comes with the CUDA toolkit, with Triton, or as
 `pip install nvidia-cuda-nvdisasm`.
 """
 

@@ -24,9 +24,15 @@ def model(comfy, request):
     return comfy_models.build(request.param)
 
 
-def test_layers_and_lengths(model):
+@pytest.fixture(scope="module")
+def recorded(model):
+    """What a run of two steps was seen to do, and its output."""
     recorder = comfy_models.Recorder()
-    out = comfy_models.sample(model, recorder.install(model.patcher))
+    return recorder, comfy_models.sample(model, recorder.install(model.patcher))
+
+
+def test_layers_and_lengths(model, recorded):
+    recorder, out = recorded
     assert torch.isfinite(out).all() and out.shape == model.latent.shape
     assert sum(comfy_models.length(segment) for segment in model.segments) == model.tokens >= 1024
     assert len(recorder.model_calls) == 2
@@ -37,14 +43,14 @@ def test_layers_and_lengths(model):
         assert not recorder.calls
 
 
-def test_output_depends_on_attention(model, monkeypatch):
+def test_output_depends_on_attention(model, recorded, monkeypatch):
     def nothing(func, *args, **kwargs):
         out = func(*args, **kwargs)
         axis = 2 if kwargs.get("skip_reshape") else 1
         self_attention = (args[0].shape[axis], args[1].shape[axis]) == (model.tokens, model.tokens)
         return torch.zeros_like(out) if self_attention else out
 
-    with_attention = comfy_models.sample(model)
+    _, with_attention = recorded
     patcher = model.patcher.clone()
     if model.intercepted:
         patcher.model_options["transformer_options"]["optimized_attention_override"] = nothing

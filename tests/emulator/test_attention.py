@@ -127,7 +127,7 @@ class Problem:
         (symbol,) = self.variant.symbols
         emulator.library(self.variant, replace=replace).launch(symbol, grid, self.params, threads=self.variant.threads, seed=seed)
         emulator.check_guards(*outputs)
-        # Of the sm90 kernel's blocks each draws until there is nothing left.
+        # Of the sm90 kernel's CTAs each fetches items until there is none left.
         assert int(self.tensors["counter"]) == (self.items + grid if self.kernel == "sm90" else 0)
         return self.out.clone(), None if self.lse is None else self.lse.clone(), self.tensors["pv_tiles"].clone()
 
@@ -382,7 +382,7 @@ def test_lists_of_every_length(kernel, dim):
     check(Problem(q, k, v, kept, kernel=kernel, capacity=70))
 
 
-# ---- only Hopper's kernel draws its items --------------------------------------------------------------------------------------------------------
+# ---- only Hopper's kernel fetches its items --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", (None, "longest first", "random"))

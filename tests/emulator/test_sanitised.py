@@ -35,10 +35,10 @@ RUNS = {
         "test_prepass.py::test_sizes[d64-s63]",
         "test_prepass.py::test_sizes[d128-s333]",
         "test_prepass.py::test_sizes[d1-s1]",
-        "test_prepass.py::test_views[float32-128-wide_rows]",
-        "test_prepass.py::test_views[bfloat16-40-shifted]",
+        "test_prepass_memory.py::test_views[float32-128-wide_rows]",
+        "test_prepass_memory.py::test_views[bfloat16-40-shifted]",
         # Rows that no 16-byte load may touch, sizes that end in the middle of everything.
-        *(f"test_prepass.py::test_views[float16-64-{view}]" for view in ("nhd", "shifted", "wide_rows", "fused_qkv")),
+        *(f"test_prepass_memory.py::test_views[float16-64-{view}]" for view in ("nhd", "shifted", "wide_rows", "fused_qkv")),
         "test_prepass.py::test_sizes[d40-s63]",
         "test_prepass.py::test_sizes[d37-s333]",
     ),

@@ -382,7 +382,7 @@ def test_hopper_counts_its_items_anew_in_every_call(machine, monkeypatch, rule):
     q, k, v = (clustered(seed, 2, 2, 400, 64) for seed in (1, 3, 5))
     first, second = (sparse_attention(q, k, v, **rule, backend="cuda") for _ in range(2))
     assert torch.equal(first, second) and len(spaces) == 2
-    # Two multiprocessors; each block draws once more than there are items for it.
+    # Two multiprocessors; each CTA fetches once more than there are items for it.
     assert counters == [(2, 384, 2 * 2 * 4 + 2)] * 2
     steps = ["sparge_statistics", "sparge_prepass", "sparge_select", *["sparge_sequence"] * ("cdfthreshd" in rule), "sparge_attention_sm90"]
     assert used.launched == 2 * steps

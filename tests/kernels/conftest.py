@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from recording import machine  # noqa: F401 - a fixture
+from sample_kernels import sources, tool  # noqa: F401 - fixtures
+from toy_package import package  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK_Q, BLOCK_K = 128, 64

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from recording import WAITING, carved
 from sparge_kernels import AttentionInfo, BlockMask, UnsupportedCall, block_sparse_attention, config, ops, order, select_blocks, sparse_attention
 from sparge_kernels.backends import choose
 from sparge_kernels.backends import cuda as backend
@@ -24,7 +25,6 @@ from sparge_kernels.cuda import loader as loader_module
 from sparge_kernels.cuda import workspace
 from sparge_kernels.cuda.loader import Binary, Loader, Places
 from sparge_kernels.cuda.params import SYMBOLS
-from test_backend_cuda import WAITING, carved
 from test_cuda_driver import Library
 from torch.utils._python_dispatch import TorchDispatchMode
 

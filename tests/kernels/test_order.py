@@ -14,7 +14,7 @@ SEGMENTS = [
 
 
 def cells(plan):
-    """(t, y, x) of each grid token in plan order, for a plan of one grid."""
+    """(t, y, x) of each grid token in plan order, for an `OrderPlan` of one grid."""
     return np.stack(np.unravel_index(plan.perm.numpy(), plan.segments[0]), 1)
 
 

@@ -234,7 +234,7 @@ def test_scale_reaches_the_selection(clustered):
 
 
 def test_centre_comes_from_the_caller_s_tokens(rand, naive):
-    """With a plan too. The sampled tokens are -u and the rest u: centred by them the rest is 2 u and alike; by any other sample it is noise."""
+    """In a token order too. The sampled tokens are -u and the rest u: centred by them the rest is 2 u and alike; by any other sample it is noise."""
     plan = order.plan("hilbert", ((4, 16, 16),))
     q, k = 1 + 0.3 * rand(1, 1, 1, 1024, 16), 1 + 0.3 * rand(2, 1, 1, 1024, 16)
     k[:, :, [16 * g + (g * g * 1126333 >> 20) % 16 for g in range(64)]] -= 2

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_calls import KEY
 
 MODULES = (
     "_comfy",
@@ -40,8 +41,14 @@ MODULES = (
     "telemetry",
     "transport",
 )
-KEY = "optimized_attention_override"
 SMALL = {"wan_t2v": (1, 16, 1, 32, 32), "qwen_image": (1, 16, 1, 32, 32), "hunyuan_video": (1, 16, 1, 32, 32)}  # 256 tokens of picture
+
+
+@pytest.fixture
+def no_gradients():
+    """As ComfyUI calls models."""
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -180,8 +187,8 @@ class Direct:
         (self.patch,) = nodes.patch.patches_of(self.patcher)
         self.state = nodes.run_state.RunState(self.patch, self.patcher, [1.0, 0.5, 0.0])
         self.state.family = None
-        facts = nodes.geometry.ModelCall(object(), (1, 16, 1, 8, 8), context_tokens, {}, {})
-        self.context = nodes.run_state.CallContext(self.state, facts)
+        call = nodes.geometry.ModelCall(object(), (1, 16, 1, 8, 8), context_tokens, {}, {})
+        self.context = nodes.run_state.CallContext(self.state, call)
         self.options = {self.patch.key: self.context, KEY: self.patch.override}
 
     def __call__(self, *args, **kwargs):

@@ -1,7 +1,8 @@
 """ComfyUI's versions: where their interfaces differ, both sides work, whichever tree is at hand; what it does not have is stood in for.
 
 Differences that other tests hold on both sides: the order of HunyuanVideo's tokens (test_geometry.py, test_families.py), the arguments of
-ON_PREPARE_STATE (test_override.py), keys and values with fewer heads and calls that want full precision (test_override.py).
+ON_PREPARE_STATE (test_override_chains.py), keys and values with fewer heads (test_override_calls.py), calls that want full precision
+(test_override.py).
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attention_calls import KEY
 
 NODES = Path(__file__).resolve().parents[2] / "nodes"
-KEY = "optimized_attention_override"
 # The modules at the top of a ComfyUI tree. `comfy_kitchen` and `comfy_aimdo` come with newer ones.
 COMFYUI = {
     "app", "comfy", "comfy_aimdo", "comfy_api", "comfy_config", "comfy_execution", "comfy_extras", "comfy_kitchen", "comfyui_version", "execution",

@@ -56,9 +56,10 @@ def make_run(steps: int, layers: int, heads: int, **changes) -> dict:
 
 def with_steps(run: dict) -> dict:
     """The run with the numbers of its steps, as they follow from its cells."""
-    run["step_totals"] = []
-    for step in range(run["steps"]):
-        cells = [cell for cell in run["cells"] if cell["step"] == step]
+    run["step_totals"], of_step = [], [[] for _ in range(run["steps"])]
+    for cell in run["cells"]:
+        of_step[cell["step"]].append(cell)
+    for step, cells in enumerate(of_step):
         total = {name: sum(cell[name] for cell in cells) for name in ("sparse_calls", "dense_calls", "sparse_ms", "dense_ms")}
         for name in ("density", "pv_skipped"):
             whole = sum((cell[name] or 0) * cell["sparse_calls"] for cell in cells)

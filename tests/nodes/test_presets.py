@@ -329,48 +329,6 @@ def test_the_nodes_line_and_the_report_name_the_preset(nodes, tiny, execute, cap
     assert (settings["start_percent"], settings["dense_blocks"]) == (0.24, "0")
 
 
-# Saved prompts, through the real server.
-
-
-def prompt(steps: int, **values) -> dict:
-    """A prompt as those saved before there were presets, with a socket of then and `values` changed."""
-    old = dict(topk=0.3, pvthreshd=15.0, start_percent=0.0, end_percent=1.0, dense_blocks="", min_tokens=0, simthreshd1=-0.1, cdfthreshd=0.0,
-               token_order="auto", compensate=False, protect_references=False, backend="auto", block_mask=None)  # fmt: skip
-    sampler = {"seed": 1, "steps": steps, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0, "latent_image": ["latent", 0]}
-    sampler |= {"model": ["sparge", 0], "positive": ["text", 0], "negative": ["text", 0]}
-    nodes = {
-        "loader": ("UNETLoader", {"unet_name": "sparge_demo_wan.safetensors", "weight_dtype": "default"}),
-        "sparge": ("SpargeAttention", {"model": ["loader", 0], **old, **values}),
-        "text": ("SpargeDemoConditioning", {"tokens": 8, "dim": 4096, "seed": 3}),
-        "latent": ("EmptyHunyuanLatentVideo", {"width": 256, "height": 256, "length": 1, "batch_size": 1}),
-        "sampler": ("KSampler", sampler),
-        "report": ("SpargeReport", {"model": ["sparge", 0], "data": ["sampler", 0]}),
-        "json": ("PreviewAny", {"source": ["report", 3]}),
-    }
-    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
-
-
-@pytest.mark.usefixtures("comfy")
-def test_a_saved_prompt_runs_as_it_did():
-    import comfy_server
-    import demo_model
-
-    server = comfy_server.ComfyServer()
-    demo_model.write_demo_model(server.model_path("sparge_demo_wan.safetensors"))
-    with server:
-
-        def run(**values) -> dict:
-            (text,) = server.queue(prompt(9, **values))["outputs"]["json"]["text"]
-            return json.loads(text)["runs"][-1]
-
-        old, new = run(), run(preset="auto")
-        assert (dense_steps(old), old["settings"]["preset"], old["settings"]["start_percent"]) == ([], "none", 0.0)
-        assert (dense_steps(new), new["settings"]["preset"], new["settings"]["start_percent"]) == ([0, 1, 2], "Wan 2.1 / 2.2 t2v", 0.24)
-        assert "layer is listed in dense_blocks" in new["reasons"] and not any("dense_blocks" in reason for reason in old["reasons"])
-        with pytest.raises(comfy_server.PromptError, match="preset"):
-            run(preset="Wan")
-
-
 def test_a_preset_that_decides_the_window_is_not_stopped_by_the_inputs(nodes):
     swapped = {"start_percent": 0.5, "end_percent": 0.3}
     for preset in ("auto", "off"):

@@ -226,7 +226,7 @@ def test_an_empty_schedule_runs_nothing(nodes, tiny, patched):
     assert all(run.to_dict()["totals"]["sparse_calls"] == 0 for run in nodes.telemetry.runs.closed)
 
 
-def test_facts_of_a_run(nodes, tiny, patched, last_run):
+def test_metadata_of_a_run(nodes, tiny, patched, last_run):
     model = tiny("wan_t2v")
     settings = nodes.settings.Settings(topk=0.3, min_tokens=0, dense_blocks="5-6, -9")
     comfy_models.sample(model, nodes.patch.install(model.patcher, settings, "17"))

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import test_web_js
 import torch
+from node_js import node
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = """
@@ -104,9 +104,7 @@ def test_a_new_statistic_is_seen_everywhere(nodes, monkeypatch):
     message = json.loads(json.dumps(nodes.transport.message(run, run.numbers())))
     at = message["columns"].index({"name": "energy", "unit": "share", "label": "energy kept"})
     assert [cell[at] for cell in message["cells"]] == [0.625, 0.875] and message["step_totals"][0][at] == message["totals"]["energy"] == 0.75
-    done = subprocess.run(
-        [test_web_js.node(), "--input-type=module", "-e", MODEL], input=json.dumps(message), capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([node(), "--input-type=module", "-e", MODEL], input=json.dumps(message), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     browser = json.loads(done.stdout)
     assert {"name": "energy", "unit": "share", "label": "energy kept"} in browser["columns"] and "energy kept 0.63" in browser["text"]

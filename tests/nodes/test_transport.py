@@ -1,4 +1,4 @@
-"""What travels to the browser: sizes, maps, the routes on a real aiohttp app and a real server."""
+"""What travels to the browser: sizes, maps, the routes on a real aiohttp app (a real server: test_real_server.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import importlib
 import importlib.util
 import json
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlencode
@@ -280,59 +279,6 @@ def test_two_copies_of_the_pack(nodes, opened, registered):
 
 
 # The real server.
-
-
-def test_real_server(comfy):
-    """Messages arrive over the websocket of every browser, the routes answer under both prefixes, for a node inside a subgraph too."""
-    import comfy_server
-    import demo_model
-
-    model = "monitor_wan.safetensors"
-    sampler = {"seed": 1, "steps": 3, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
-    sampler |= {"model": ["5:12", 0], "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["3", 0]}
-    sparge = {"topk": 0.3, "pvthreshd": 15.0, "start_percent": 0.0, "end_percent": 1.0, "dense_blocks": "", "min_tokens": 0, "simthreshd1": -0.1,
-              "cdfthreshd": 0.0, "token_order": "tiles", "compensate": False, "protect_references": False, "backend": "auto"}  # fmt: skip
-    prompt = {
-        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": model, "weight_dtype": "default"}},
-        "9": {"class_type": "SpargeAttention", "inputs": {"model": ["1", 0], **sparge}},
-        "5:12": {"class_type": "SpargeMonitor", "inputs": {"model": ["9", 0], "measure_dense": True}},
-        "2": {"class_type": "SpargeDemoConditioning", "inputs": {"tokens": 8, "dim": 4096, "seed": 3}},
-        "3": {"class_type": "EmptyHunyuanLatentVideo", "inputs": {"width": 96, "height": 64, "length": 9, "batch_size": 1}},
-        "4": {"class_type": "KSampler", "inputs": sampler},
-        "6": {"class_type": "SaveLatent", "inputs": {"samples": ["4", 0], "filename_prefix": "monitor"}},
-    }
-    made = comfy_server.ComfyServer()
-    demo_model.write_demo_model(made.model_path(model))
-    query = "/api/sparge_attention/runs?" + urlencode({"monitor": "5:12"})
-    with made as server:
-        messages = listen(server, prompt)
-        (run,) = server.get(query)["runs"]
-        answer = server.get(f"/sparge_attention/map?run={run['run']}&step=2&layer=0&head=0")
-    assert [(m["state"], m["step"]) for m in messages] == [("running", 0), ("running", 1), ("running", 2), ("done", 3)]
-    assert all(m["monitors"] == ["5:12"] for m in messages) and messages[-1]["totals"]["measuring_ms"] > 0
-    assert run["cells"] == [cell for m in messages for cell in m["cells"]] and len(run["cells"]) == 3 * run["layers"] > 0
-    assert answer["frames"]["t"] == 3 and answer["frames"]["h"] == 4 and answer["frames"]["w"] == 6
-
-
-def listen(server, prompt) -> list[dict]:
-    """Runs a prompt while another browser watches; what that one was sent of ours."""
-    import aiohttp
-
-    async def run():
-        told = []
-        async with aiohttp.ClientSession(server.url) as session, session.ws_connect("/ws?clientId=watcher") as socket:
-            thread = threading.Thread(target=server.queue, args=(prompt,))
-            thread.start()
-            while not told or told[-1]["state"] == "running":
-                message = await socket.receive(timeout=60)
-                assert message.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY), message
-                event = json.loads(message.data) if message.type == aiohttp.WSMsgType.TEXT else {}
-                if event.get("type") == "sparge.run":
-                    told.append(event["data"])
-            await asyncio.to_thread(thread.join, 60)
-        return told
-
-    return asyncio.run(run())
 
 
 def test_the_name_server_of_another_package_is_no_server(nodes, monkeypatch):

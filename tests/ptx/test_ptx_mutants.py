@@ -18,7 +18,7 @@ from sparge_kernels import config
 
 HOPPER, MMA, HALF, PREPASS = "attention_sm90_d64_fp8", "attention_mma_d64_int8", "attention_mma_d64_fp16", "prepass_d64_float16"
 NUMBERS = "relative L2"
-FACTS = r"st\.shared\.v4\.u32\s+\[%rd\d+\+1280\], \{[^}]*\};"
+METADATA = r"st\.shared\.v4\.u32\s+\[%rd\d+\+1280\], \{[^}]*\};"
 INIT = r"mbarrier\.init\.shared::cta\.b64 \[%r\d+\]"
 
 
@@ -52,16 +52,16 @@ MUTANTS = {
     "the last turn is not taken": Mutant(
         HOPPER, r"barrier\.cta\.sync %r\d+, %r\d+;(?=\s+// end inline asm\s+bra\.uni)", "", 1, "topk on sm_90", "in vain"
     ),
-    "facts of a tile come after its copies": Mutant(
+    "metadata of a tile comes after its copies": Mutant(
         HOPPER,
-        rf"({FACTS})((?:.*?cp\.async\.bulk[^;]*;){{4}})",
+        rf"({METADATA})((?:.*?cp\.async\.bulk[^;]*;){{4}})",
         r"\2\1",
         1,
         "stalled lists on sm_90",
         f"not finite|{NUMBERS}|outside of every tensor",
     ),
     "lanes of the producer do not wait for each other": Mutant(
-        HOPPER, rf"bar\.warp\.sync\s+-1;([^{{]*{FACTS})", r"\1", 1, "stalled lists on sm_90", "deadlock"
+        HOPPER, rf"bar\.warp\.sync\s+-1;([^{{]*{METADATA})", r"\1", 1, "stalled lists on sm_90", "deadlock"
     ),
     "the values of cvt.pack are swapped": Mutant(
         PREPASS, r"(cvt\.pack\.sat\.s8\.s32\.b32 \S+), (\S+), (\S+), ", r"\1, \3, \2, ", 40, "fields of the pre-pass", "q8"

@@ -25,7 +25,7 @@ LISTS = {
 
 
 def launched(work: Work, seed: int, grid: int = 1, drop: bool = False) -> tuple[Problem, list[emulator.Record]]:
-    """A launch over these lists, of which a block alone draws the last one first."""
+    """A launch over these lists, of which a CTA alone fetches the last one first."""
     counts = work.counts[::-1]
     n_k = max(*counts, 1)
     q, k, v, kept = inputs(31, 1, 1, 1, len(counts) * 128, n_k * 64, work.dim)
@@ -41,10 +41,10 @@ def launched(work: Work, seed: int, grid: int = 1, drop: bool = False) -> tuple[
     return problem, records
 
 
-def compare(work: Work, records: list[emulator.Record], block: int = 0, protocol: Protocol | None = None) -> list[bool]:
-    """Every thread of a block with its program; returns whether tiles were kept, of both warpgroups."""
+def compare(work: Work, records: list[emulator.Record], cta: int = 0, protocol: Protocol | None = None) -> list[bool]:
+    """Every thread of a CTA with its program; returns whether tiles were kept, of both warpgroups."""
     protocol = protocol or of(work.chosen)
-    noted = Noted(records, block, protocol, work)
+    noted = Noted(records, cta, protocol, work)
     verdicts = [[], noted.verdicts(1), noted.verdicts(2)]
     assert noted.threads() <= set(range(config.SM90.threads))
     for warp in range(config.SM90.threads // WARP):
@@ -79,13 +79,13 @@ def test_dropped_tiles_change_nothing_at_the_barriers(dim, chosen):
     assert 0 < dropped == kept.count(False) and tiles == len(kept)
 
 
-def test_two_blocks_follow_their_programs_with_what_they_drew():
+def test_two_ctas_follow_their_programs_with_what_they_fetched():
     chosen = config.HOPPER_CONFIG[64]
     _, records = launched(Work(64, chosen, (5,) * 7), 3, grid=2)
-    drawn = [sum(r.block == block and r.event == "copy" and r.amount == 128 * 64 for r in records) for block in (0, 1)]
-    assert sum(drawn) == 7
-    for block, items in enumerate(drawn):
-        compare(Work(64, chosen, (5,) * items), records, block)
+    fetched = [sum(r.block == cta and r.event == "copy" and r.amount == 128 * 64 for r in records) for cta in (0, 1)]
+    assert sum(fetched) == 7
+    for cta, items in enumerate(fetched):
+        compare(Work(64, chosen, (5,) * items), records, cta)
 
 
 # Either side alone is noticed.
@@ -139,7 +139,7 @@ def test_another_configuration_is_noticed(change):
     assert not agrees(**change)
 
 
-UNSEEN = ("do not meet", "while a lane reads it", "before its product", "before its last product", "facts of", "announced",
+UNSEEN = ("do not meet", "while a lane reads it", "before its product", "before its last product", "metadata of", "announced",
           "one place for Q", "a turn is of one")  # fmt: skip
 """Faults that nobody sees at the barriers: of what is read or written when, and of the model's numbers that stand for bytes and places."""
 

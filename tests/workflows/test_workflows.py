@@ -144,7 +144,7 @@ def test_thumbnail_is_small_and_shows_something(name):
 
 
 @pytest.fixture(scope="module")
-def desk():
+def front_end():
     """The front end in canvas mode and the server behind it, which has no model files at first."""
     program = chromium.find()
     if program is None:
@@ -152,41 +152,41 @@ def desk():
     if not (install.comfyui_tree() / "main.py").is_file():
         missing("a ComfyUI tree")
     with comfy_server.ComfyServer() as server, chromium.Chromium(program) as browser:
-        made = canvas.Canvas(browser, server, "canvas")
+        made = canvas.Canvas(browser, server)
         made.set(VueNodes_Enabled=False, Locale="en", ColorPalette="dark")
         made.open()
         yield made
         made.page.close()
 
 
-def test_the_template_browser_lists_them(desk):
-    assert sorted(desk.server.get("/workflow_templates")[desk.server.pack_folder]) == NAMES
+def test_the_template_browser_lists_them(front_end):
+    assert sorted(front_end.server.get("/workflow_templates")[front_end.server.pack_folder]) == NAMES
 
 
-def test_the_template_browser_opens_them(desk):
+def test_the_template_browser_opens_them(front_end):
     """ComfyUI serves the first folder of the names example_workflows, example, examples, workflow, workflows: none of the first four may be here."""
-    picture = requests.get(f"{desk.server.url}/api/workflow_templates/{desk.server.pack_folder}/{NAMES[0]}.jpg", timeout=30)
+    picture = requests.get(f"{front_end.server.url}/api/workflow_templates/{front_end.server.pack_folder}/{NAMES[0]}.jpg", timeout=30)
     assert picture.content == (build_workflows.FOLDER / f"{NAMES[0]}.jpg").read_bytes()
 
 
-def test_missing_files_are_offered_for_download(desk):
+def test_missing_files_are_offered_for_download(front_end):
     """First of those that need the front end: later ones have stand-ins for all files."""
     workflow = load("sparge_flux_dev")
-    desk.drop(workflow)
+    front_end.drop(workflow)
     names = [model["name"] for node in workflow["nodes"] for model in node["properties"].get("models", [])]
     assert len(names) == 4
     texts = "[...document.querySelectorAll('[role=dialog]')].map((dialog) => dialog.textContent).join()"
     named = f"{json.dumps(names)}.every((name) => {texts}.includes(name)) && {texts}.split('Download').length > {len(names)}"
     # Newer front ends count them in a corner of the page.
-    desk.page.wait_for(f"({named}) || document.body.innerText.includes('{len(names)} errors found')")
+    front_end.page.wait_for(f"({named}) || document.body.innerText.includes('{len(names)} errors found')")
 
 
 @pytest.fixture(scope="module")
-def stocked(desk):
-    """The desk once every model file and the example picture are there, as empty stand-ins."""
-    canvas.stock(desk.server)
-    desk.open()
-    return desk
+def stocked(front_end):
+    """The front end once every model file and the example picture are there, as empty stand-ins."""
+    canvas.stock(front_end.server)
+    front_end.open()
+    return front_end
 
 
 @pytest.fixture(scope="module")
@@ -291,14 +291,14 @@ def test_an_old_file_opens_with_its_values(stocked, name):
     assert send(stocked.server, prompt).json().get("node_errors") == {}
 
 
-def opened(desk, workflow: dict) -> dict:
-    desk.page.evaluate(f"app.loadGraphData({json.dumps(workflow)}, true, true, 'opened').then(() => 1)")
-    return desk.prompt()
+def opened(front_end, workflow: dict) -> dict:
+    front_end.page.evaluate(f"app.loadGraphData({json.dumps(workflow)}, true, true, 'opened').then(() => 1)")
+    return front_end.prompt()
 
 
-def sockets(desk) -> dict[str, list]:
+def sockets(front_end) -> dict[str, list]:
     """Of every SpargeAttention in any graph: the names of its joined sockets, and whether their link says another place than they have."""
-    return desk.page.evaluate("""(() => {
+    return front_end.page.evaluate("""(() => {
       const root = app.rootGraph ?? app.graph;
       const found = {};
       for (const graph of [root, ...root.subgraphs.values()])

@@ -98,7 +98,7 @@ PREPASS = [
     Fault("queries are not gathered", PRE, "load_chunk(q + token * p.q_stride.token", "load_chunk(q + position * p.q_stride.token",
           prepass("forms", "float16", 64, "fp8", None)),
     Fault("32-bit offsets of the queries", PRE, "q + token * p.q_stride.token * kElementBytes", "q + (int)(token * p.q_stride.token * kElementBytes)",
-          prepass("offsets_beyond_32_bits")),
+          Check("test_prepass_memory", "test_offsets_beyond_32_bits")),
     Fault("scores in natural units", PRE, "to_score = p.scale * kLog2E;", "to_score = p.scale;", FORMS),
     Fault("centre of another head", PRE, "batch * p.kv_heads + head / (p.heads / p.kv_heads)", "batch * p.kv_heads + head % p.kv_heads", UNLIKE),
     Fault("the centre takes the same place of every group", LAYOUT, "(int)(group * group * 1126333u >> 20 & (kCentreGroup - 1))", "0", FORMS),

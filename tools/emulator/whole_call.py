@@ -106,7 +106,7 @@ def expected(q, k, v, blocks, *, form, compensate=False, perm=None, key_mask=Non
     centre = None  # of K, in the caller's order whatever the plan
     if compensate and how.get("smooth_k", True):
         centre = centring.key_centre(k, None if key_mask is None else _valid(key_mask))
-    if perm is not None:  # a plan: attention in plan order, rows back
+    if perm is not None:  # a token order: attention in plan order, rows back
         inverse = torch.argsort(perm)
         q, k, v = (x[:, :, perm] for x in (q, k, v))
         key_mask = None if key_mask is None else key_mask[:, perm]

@@ -3,7 +3,7 @@
     found = explore(protocol.of(config.HOPPER_CONFIG[128]))
     print(found.states, found.depth, found.wrong)
 
-The model is a block of the grid: the producer's warp and the warps of two warpgroups, which are not tied to each other but by what they wait for. A
+The model is a CTA: the producer's warp and the warps of two warpgroups, which are not tied to each other but by what they wait for. A
 warp is one lane or, where a search asks for it, two: the first, and all others as one that may lag behind it. (Lanes do nothing to each other but
 meet, so where one of the 31 goes wrong, it does so in a run in which the other 30 are where they are needed.) Barriers in shared memory have a
 phase, and the arrivals and copies that it still waits for; a wait passes when the parity of the phase is not the one that it names. Copies are under

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from explorer import Search
-from ring_protocol import Block, Op, Program, Protocol, meet
+from ring_protocol import Op, Program, Protocol, Section, meet
 
 
 class Fault(NamedTuple):
@@ -26,10 +26,10 @@ class Fault(NamedTuple):
 
 
 def edited(program: Program, label: str, old: tuple[Op, ...], new: tuple[Op, ...]) -> Program:
-    """The program with `new` for the one run of operations `old` in a block."""
+    """The program with `new` for the one run of operations `old` in a section."""
     ops, then = program[label]
     (at,) = [i for i in range(len(ops) - len(old) + 1) if ops[i : i + len(old)] == old]
-    return {**program, label: Block((*ops[:at], *new, *ops[at + len(old) :]), then)}
+    return {**program, label: Section((*ops[:at], *new, *ops[at + len(old) :]), then)}
 
 
 def producing(label: str, old: tuple[Op, ...], new: tuple[Op, ...]) -> Callable[[Protocol], Protocol]:
@@ -58,14 +58,14 @@ def with_places(**counts: int) -> Callable[[Protocol], Protocol]:
     return lambda p: replace(p, places={**p.places, **counts})
 
 
-def facts_first(p: Protocol) -> Protocol:
-    """The facts of a tile are written before the wait for its stage."""
+def metadata_first(p: Protocol) -> Protocol:
+    """The metadata of a tile is written before the wait for its stage."""
     acquire, program = p.producer["tile"], dict(p.producer)
     asking = acquire.ops[1:]
-    program["tile"] = Block(asking, acquire.then)
+    program["tile"] = Section(asking, acquire.then)
     for label in ("another tile", "last tile"):
         write, expect, following = program[label].ops
-        program[label] = Block((write, acquire.ops[0], *meet(), expect, following), program[label].then)
+        program[label] = Section((write, acquire.ops[0], *meet(), expect, following), program[label].then)
     return replace(p, producer=program)
 
 
@@ -73,14 +73,14 @@ def with_a_throttle(p: Protocol) -> Protocol:
     """Instead of turns: warpgroup 1 tells of every tile that it goes on to, and warpgroup 0 waits for that once it has freed the one before."""
     told, programs = (Op("come", "turn0"), Op("stay", "turn0")), []
     for group, program in enumerate(p.consumers):
-        without = {label: Block(tuple(op for op in ops if not op.what.startswith("turn")), then) for label, (ops, then) in program.items()}
+        without = {label: Section(tuple(op for op in ops if not op.what.startswith("turn")), then) for label, (ops, then) in program.items()}
         programs.append(edited(without, "more", *(((NEXT_FULL,), (NEXT_FULL, told[0])) if group else ((FREE,), (FREE, *told)))))
     return replace(p, consumers=tuple(programs))
 
 
 FREE = Op("arrive", "empty", first=True)
 FULL, NEXT_FULL, Q_FULL = Op("wait", "full"), Op("wait", "full", 1), Op("wait", "q_full")
-ITEM_FACTS = (Op("write", "item", first=True, says="tiles"), Op("expect", "q_full", first=True))
+ITEM_METADATA = (Op("write", "item", first=True, says="tiles"), Op("expect", "q_full", first=True))
 SUMMED, SUMMED_IF_KEPT = Op("end", "v"), Op("end", "v", kept=True)
 
 
@@ -103,7 +103,7 @@ FAULTS = [
     Fault("the next tile is waited for with the other parity", consuming("more", *late(NEXT_FULL)), "it wants the end of phase 0"),
     Fault("items are waited for with the other parity", consuming("item", *late(Q_FULL)), "it wants the end of phase 0"),
     Fault("free stages are waited for with the other parity", producing("tile", *late(Op("wait", "empty", parity=1))), "has the same parity"),
-    Fault("free slots are waited for with the other parity", producing("draw", *late(Op("wait", "q_empty", parity=1))), "has the same parity"),
+    Fault("free slots are waited for with the other parity", producing("fetch", *late(Op("wait", "q_empty", parity=1))), "has the same parity"),
     Fault("the next tile is not waited for", consuming("more", (NEXT_FULL,), ()), "finds"),
     Fault("the first turn is not handed over", consuming("start", (Op("come", "turn0"),), (), only=1), "nobody can go on"),
     Fault("the last turn is not taken", consuming("over", (Op("come", "turn0"), Op("stay", "turn0")), (), only=0), "left over"),
@@ -121,14 +121,14 @@ FAULTS = [
     Fault("a tile that is dropped is not freed", consuming("more", (FREE,), (FREE._replace(kept=True),)), "nobody can go on", drops=True),
     Fault("a tile that is dropped keeps the turn", consuming("more", (Op("come", "turn1"),), (Op("come", "turn1", kept=True),), only=0),
           "nobody can go on", drops=True),
-    Fault("the producer's lanes do not meet after their wait for a slot", producing("draw", *alone("item", "q_empty")), "has the same parity",
+    Fault("the producer's lanes do not meet after their wait for a slot", producing("fetch", *alone("item", "q_empty")), "has the same parity",
           two_lanes=(0,)),
     Fault("the producer's lanes do not meet after their wait for a stage", producing("tile", *alone("last", "empty")), "has the same parity",
           two_lanes=(0,)),
     Fault("an item is given back while a lane reads it", consuming("leave", (Op("end", "item"), *meet()), (Op("end", "item"),)), "overwrites item",
           two_lanes=(1,)),
-    Fault("facts of a tile are written before its stage is free", facts_first, "reads facts of tile 0 in stage 0 and finds that of tile 2"),
-    Fault("facts of an item are written after its copies are announced", producing("item", ITEM_FACTS, ITEM_FACTS[::-1]),
+    Fault("metadata of a tile is written before its stage is free", metadata_first, "reads metadata of tile 0 in stage 0 and finds that of tile 2"),
+    Fault("metadata of an item is written after its copies are announced", producing("item", ITEM_METADATA, ITEM_METADATA[::-1]),
           "reads item of item 0 in slot 0 and finds nothing"),
     Fault("fewer bytes of a tile are announced than copied", announcing(full=1), "a copy on its way"),
     Fault("fewer bytes of an item are announced than copied", announcing(q_full=1), "a copy on its way"),

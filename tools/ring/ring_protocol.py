@@ -6,14 +6,14 @@ overwrites what, as short programs.
 tools/ring/explorer.py runs these programs in every interleaving, tests/ring/test_kernel.py compares them with what the kernel does on the emulator.
 There are two programs: the producer's, and the consumers', which both warpgroups have with other hardware barriers.
 
-A program is a table of blocks. A block is a list of operations and what is done after it: a label, or one for each answer to a question that an
-operation of the block has asked. Numbers of tiles and items are relative to the lane's counters `tile` and `turn` (how many went before), as in the
+A program is a table of sections. A section is a list of operations and what is done after it: a label, or one for each answer to a question that an
+operation of the section has asked. Numbers of tiles and items are relative to the lane's counters `tile` and `turn` (how many went before), as in the
 kernel: tile n lies in stage n % stages, item n in slot n % slots.
 
 Lists have no lengths here. Whether a tile is its item's last one, whether an item is empty and whether there is one at all is decided when the
-producer comes to ask, either way, and what it decided travels with the facts of the tile and of the item. So one exploration covers lists of any
-length and any number of items, and every split of the items among blocks: blocks share nothing but the counter that they draw from, and what a
-block draws is some subsequence of the items and then the end.
+producer comes to ask, either way, and what it decided travels with the metadata of the tile and of the item. So one exploration covers lists of any
+length and any number of items, and every split of the items among CTAs: they share nothing but the counter that they fetch from, and what a
+CTA fetches is some subsequence of the items and then the end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sparge_kernels import config
 
 TILE, ITEM = "tile", "item"
 
-PLACES = {"k": TILE, "v": TILE, "facts": TILE, "q": ITEM, "scales": ITEM, "item": ITEM}
+PLACES = {"k": TILE, "v": TILE, "metadata": TILE, "q": ITEM, "scales": ITEM, "item": ITEM}
 """What is read and overwritten in shared memory: of a stage, or of a slot."""
 
 BARRIERS = {"full": TILE, "empty": TILE, "q_full": ITEM, "q_empty": ITEM}
@@ -103,13 +103,13 @@ class Ring:
 RING = Ring()
 
 
-class Block(NamedTuple):
+class Section(NamedTuple):
     ops: tuple[Op, ...]
     then: str | dict[str, str]
     """A label, or answer -> label; "" ends the program."""
 
 
-Program = dict[str, Block]
+Program = dict[str, Section]
 
 
 @dataclass(frozen=True)
@@ -166,17 +166,17 @@ def producer() -> Program:
     def acquire(barrier: str, asks: str) -> tuple[Op, ...]:
         return Op("wait", barrier, parity=1), *meet(asks)
 
-    def fill(barrier: str, facts: str, says: str) -> tuple[Op, ...]:
-        return Op("write", facts, first=True, says=says), Op("expect", barrier, first=True), Op("next", BARRIERS[barrier])
+    def fill(barrier: str, metadata: str, says: str) -> tuple[Op, ...]:
+        return Op("write", metadata, first=True, says=says), Op("expect", barrier, first=True), Op("next", BARRIERS[barrier])
 
     return {
-        "draw": Block(acquire("q_empty", ITEM), {"over": "over", "empty": "empty item", "tiles": "item"}),
-        "empty item": Block(fill("q_full", "item", "empty"), "draw"),
-        "item": Block(fill("q_full", "item", "tiles"), "tile"),
-        "tile": Block(acquire("empty", "last"), {"last": "last tile", "more": "another tile"}),
-        "another tile": Block(fill("full", "facts", "more"), "tile"),
-        "last tile": Block(fill("full", "facts", "last"), "draw"),
-        "over": Block((Op("write", "item", first=True, says="over"), Op("arrive", "q_full", first=True)), ""),
+        "fetch": Section(acquire("q_empty", ITEM), {"over": "over", "empty": "empty item", "tiles": "item"}),
+        "empty item": Section(fill("q_full", "item", "empty"), "fetch"),
+        "item": Section(fill("q_full", "item", "tiles"), "tile"),
+        "tile": Section(acquire("empty", "last"), {"last": "last tile", "more": "another tile"}),
+        "another tile": Section(fill("full", "metadata", "more"), "tile"),
+        "last tile": Section(fill("full", "metadata", "last"), "fetch"),
+        "over": Section((Op("write", "item", first=True, says="over"), Op("arrive", "q_full", first=True)), ""),
     }
 
 
@@ -195,7 +195,7 @@ def consumer(warpgroup: int, overlap: bool) -> Program:
 
     def softmax(ahead: int) -> tuple[Op, ...]:
         learn = Op("learn", "last", ahead)
-        return Op("begin", "facts", ahead), Op("begin", "scales"), learn, Op("end", "facts", ahead), Op("end", "scales"), *sync("vote", "kept")
+        return Op("begin", "metadata", ahead), Op("begin", "scales"), learn, Op("end", "metadata", ahead), Op("end", "scales"), *sync("vote", "kept")
 
     free = Op("arrive", "empty", first=True)
     tile_is_there = (Op("wait", "full", 1), *meet())
@@ -209,13 +209,15 @@ def consumer(warpgroup: int, overlap: bool) -> Program:
     rest = {"last": "last", "more": "more"}
     turns = not overlap
     return {
-        "start": Block((Op("come", "turn0"),) if turns and warpgroup == 1 else (), "item"),
-        "item": Block((Op("wait", "q_full"), *meet(), Op("begin", "item"), Op("learn", ITEM)), {"over": "over", "empty": "leave", "tiles": "first"}),
-        "first": Block((Op("wait", "full"), *meet(), *scores(0), *scored(0), *softmax(0)), rest),
-        "more": Block((*more, Op("next", TILE)), rest),
-        "last": Block((*last, Op("next", TILE)), "leave"),
-        "leave": Block((Op("end", "item"), *meet(), Op("arrive", "q_empty", first=True), Op("next", ITEM)), "item"),
-        "over": Block((Op("end", "item"), *(sync("turn0") if turns and warpgroup == 0 else ())), ""),
+        "start": Section((Op("come", "turn0"),) if turns and warpgroup == 1 else (), "item"),
+        "item": Section(
+            (Op("wait", "q_full"), *meet(), Op("begin", "item"), Op("learn", ITEM)), {"over": "over", "empty": "leave", "tiles": "first"}
+        ),
+        "first": Section((Op("wait", "full"), *meet(), *scores(0), *scored(0), *softmax(0)), rest),
+        "more": Section((*more, Op("next", TILE)), rest),
+        "last": Section((*last, Op("next", TILE)), "leave"),
+        "leave": Section((Op("end", "item"), *meet(), Op("arrive", "q_empty", first=True), Op("next", ITEM)), "item"),
+        "over": Section((Op("end", "item"), *(sync("turn0") if turns and warpgroup == 0 else ())), ""),
     }
 
 

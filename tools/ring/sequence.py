@@ -28,14 +28,14 @@ class Event(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a block of the grid has to do.
+    """What a CTA has to do.
 
     Attributes
     ----------
     dim : int
     chosen : config.HopperConfig
     counts : tuple of int
-        Blocks in the list of each item that it draws, in order.
+        Blocks in the list of each item that it fetches, in order.
     """
 
     dim: int
@@ -121,7 +121,7 @@ def copied(work: Work, barrier: str, number: int, size: int) -> list[Event]:
 
 
 class Noted:
-    """What the emulator noted of one block of the grid.
+    """What the emulator noted of one CTA.
 
     Raises
     ------
@@ -129,11 +129,11 @@ class Noted:
         An address is that of nothing.
     """
 
-    def __init__(self, records: list[Record], block: int, protocol: Protocol, work: Work):
+    def __init__(self, records: list[Record], cta: int, protocol: Protocol, work: Work):
         self.protocol, self.work = protocol, work
         self.of: dict[int, list[Record]] = {}
         for record in records:
-            if record.block == block:
+            if record.block == cta:
                 self.of.setdefault(record.thread, []).append(record)
         inits = [record.where for record in self.of.get(0, []) if record.event == "init"]
         names = [(name, i) for i in range(protocol.stages) for name in ("full", "empty")]
@@ -142,7 +142,7 @@ class Noted:
         if len(self.barriers) != len(names):
             raise ValueError(f"{len(inits)} barriers, not {len(names)}")
         self.places: dict[int, tuple[str, int]] = {}
-        base = next((record.where for record in self.of[0] if record.event == "copy"), 0)  # 0: there was nothing left to draw
+        base = next((record.where for record in self.of[0] if record.event == "copy"), 0)  # 0: there was nothing left to fetch
         dim, chosen = work.dim, work.chosen
         blocks = protocol.stages * chosen.tile_blocks
         self._lay("q", base, protocol.slots, BLOCK_Q * dim)
@@ -180,7 +180,7 @@ class Noted:
         return self.barriers[address]
 
     def place(self, copy: Record) -> tuple[str, int]:
-        """Where a copy goes. The scales of a slot lie among the facts, wherever the compiler puts them, but always in the same place."""
+        """Where a copy goes. The scales of a slot lie among the metadata, wherever the compiler puts them, but always in the same place."""
         name, index = self.barrier(copy.other)
         found = self.places.get(copy.where)
         if found is None and name == "q_full" and ("scales", index) not in self.places.values():

@@ -72,7 +72,7 @@ class Lane:
 
 
 class Code(list):
-    """A program's blocks one after the other: operations, and after each block where it goes on, as a number or by the answer.
+    """A program's sections one after the other: operations, and after each where it goes on, as a number or by the answer.
 
     Attributes
     ----------
@@ -82,11 +82,11 @@ class Code(list):
 
     def __init__(self, program: Program):
         starts, at = {}, 0
-        for label, block in program.items():
-            starts[label], at = at, at + len(block.ops) + 1
-        for block in program.values():
-            then = block.then
-            self.extend(block.ops)
+        for label, section in program.items():
+            starts[label], at = at, at + len(section.ops) + 1
+        for section in program.values():
+            then = section.then
+            self.extend(section.ops)
             self.append({answer: starts[to] for answer, to in then.items()} if isinstance(then, dict) else starts[then] if then else Op("done", ""))
         self.verdict_used = [False] * len(self)
         before = None
@@ -342,7 +342,7 @@ class World:
             if not self.fuse:
                 self.close(lane)
         elif op.kind == "learn":
-            place = "item" if what == ITEM else "facts"
+            place = "item" if what == ITEM else "metadata"
             lane.answer = self.content(lane, place, (lane.turn if what == ITEM else lane.tile) + op.ahead)
         elif op.kind == "come":
             self.come(lane, what)
@@ -396,7 +396,7 @@ class World:
     # The end.
 
     def check_end(self) -> None:
-        """Wrong where nobody can go on and this is not how a block ends."""
+        """Wrong where nobody can go on and this is not how a CTA ends."""
         lanes = self.lanes()
         if any(lane.code[lane.pc].kind != "done" for lane in lanes):
             raise Wrong("nobody can go on: " + "; ".join(f"{self.name(lane)} {self.state_of(lane)}" for lane in lanes))

@@ -147,7 +147,7 @@ def add_files(g: Graph) -> None:
 
 
 def patched(g: Graph, model: dict, which: str = "") -> dict:
-    """Sparge Attention and behind it Sparge Monitor; `which` of two models."""
+    """Sparge Attention, and after it Sparge Monitor; `which` of two models."""
     of = f" ({which})" if which else ""
     sparge = g.add("sparse", "SpargeAttention", *sparge_values(WORKFLOWS[g.name][0]), title=f"Sparge Attention{of}", model=model)
     return g.add("watch", "SpargeMonitor", True, title=f"Sparge Monitor{of}", model=sparge)
@@ -177,6 +177,32 @@ def save_image(g: Graph, images: dict) -> None:
     g.add("result", "SaveImage", g.name, images=images)
 
 
+def sampled(g: Graph, model: dict, conditions: tuple, latent: dict | Slot, *values) -> dict:
+    """A KSampler with a fixed seed; `conditions`: the positive and the negative one, `values`: steps, cfg, sampler."""
+    positive, negative = conditions
+    return g.add("sampler", "KSampler", SEED, *values, "simple", 1.0, model=model, positive=positive, negative=negative, latent_image=latent)
+
+
+def shifted_and_guided(g: Graph, model: dict, latent: dict, guider: str, *values, **conditions: dict) -> tuple[dict, dict]:
+    """A model with its sampling shifted, patched and sampled under a guider; the patched model, and the samples."""
+    shifted = g.add("sparse", "ModelSamplingSD3", 7.0, model=model)
+    model = patched(g, shifted)
+    noise = g.add("sampler", "RandomNoise", SEED)
+    sampler = g.add("sampler", "KSamplerSelect", "euler")
+    sigmas = g.add("sampler", "BasicScheduler", "simple", 20, 1.0, model=shifted)
+    guided = g.add("sampler", guider, *values, model=model, **conditions)
+    return model, g.add("sampler", "SamplerCustomAdvanced", noise=noise, guider=guided, sampler=sampler, sigmas=sigmas, latent_image=latent)
+
+
+def finish(g: Graph, model: dict, images: dict, fps: float | None = None) -> dict:
+    """Saves a video of so many frames a second, or a picture, and reports on the model that was sampled; the report."""
+    if fps is None:
+        save_image(g, images)
+    else:
+        save_video(g, images, fps)
+    return report(g, model, images)
+
+
 @workflow("flux_dev", "flux")
 def flux_dev(g: Graph) -> None:
     about(
@@ -195,11 +221,8 @@ def flux_dev(g: Graph) -> None:
     negative = g.add("inputs", "ConditioningZeroOut", conditioning=prompt)
     latent = g.add("inputs", "EmptySD3LatentImage", 1024, 1024, 1)
     model = patched(g, model)
-    samples = g.add("sampler", "KSampler", SEED, 20, 1.0, "euler", "simple", 1.0,
-                    model=model, positive=positive, negative=negative, latent_image=latent)  # fmt: skip
-    images = decoded(g, samples, vae)
-    save_image(g, images)
-    report(g, model, images)
+    samples = sampled(g, model, (positive, negative), latent, 20, 1.0, "euler")
+    finish(g, model, decoded(g, samples, vae))
 
 
 @workflow("flux_kontext", "flux")
@@ -223,11 +246,8 @@ def flux_kontext(g: Graph) -> None:
     positive = g.add("inputs", "FluxGuidance", 2.5, conditioning=referring)
     negative = g.add("inputs", "ConditioningZeroOut", conditioning=prompt)
     model = patched(g, model)
-    samples = g.add("sampler", "KSampler", SEED, 20, 1.0, "euler", "simple", 1.0,
-                    model=model, positive=positive, negative=negative, latent_image=latent)  # fmt: skip
-    images = decoded(g, samples, vae)
-    save_image(g, images)
-    report(g, model, images)
+    samples = sampled(g, model, (positive, negative), latent, 20, 1.0, "euler")
+    finish(g, model, decoded(g, samples, vae))
 
 
 @workflow("mochi", "mochi")
@@ -245,11 +265,8 @@ def mochi(g: Graph) -> None:
     positive, negative = text_pair(g, clip, FOX, "")
     latent = g.add("inputs", "EmptyMochiLatentVideo", 848, 480, 37, 1)
     model = patched(g, model)
-    samples = g.add("sampler", "KSampler", SEED, 30, 4.5, "euler", "simple", 1.0,
-                    model=model, positive=positive, negative=negative, latent_image=latent)  # fmt: skip
-    images = decoded(g, samples, vae)
-    save_video(g, images, 24.0)
-    report(g, model, images)
+    samples = sampled(g, model, (positive, negative), latent, 30, 4.5, "euler")
+    finish(g, model, decoded(g, samples, vae), 24.0)
 
 
 @workflow("hunyuan_video_t2v", "hunyuan_video")
@@ -267,16 +284,9 @@ def hunyuan_video_t2v(g: Graph) -> None:
     prompt = g.add("inputs", "CLIPTextEncode", HARBOUR, title="Prompt", clip=clip)
     positive = g.add("inputs", "FluxGuidance", 6.0, conditioning=prompt)
     latent = g.add("inputs", "EmptyHunyuanLatentVideo", 848, 480, 73, 1)
-    shifted = g.add("sparse", "ModelSamplingSD3", 7.0, model=model)
-    model = patched(g, shifted)
-    noise = g.add("sampler", "RandomNoise", SEED)
-    sampler = g.add("sampler", "KSamplerSelect", "euler")
-    sigmas = g.add("sampler", "BasicScheduler", "simple", 20, 1.0, model=shifted)
-    guider = g.add("sampler", "BasicGuider", model=model, conditioning=positive)
-    samples = g.add("sampler", "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent)
+    model, samples = shifted_and_guided(g, model, latent, "BasicGuider", conditioning=positive)
     images = g.add("result", "VAEDecodeTiled", 256, 64, 64, 8, samples=samples, vae=vae)
-    save_video(g, images, 24.0)
-    report(g, model, images)
+    finish(g, model, images, 24.0)
 
 
 @workflow("hunyuan_video_1_5", "hunyuan_video_1_5")
@@ -294,16 +304,8 @@ def hunyuan_video_1_5(g: Graph) -> None:
     vae = g.add("models", "VAELoader", "hunyuanvideo15_vae_fp16.safetensors")
     positive, negative = text_pair(g, clip, HARBOUR, "")
     latent = g.add("inputs", "EmptyHunyuanVideo15Latent", 1280, 720, 121, 1)
-    shifted = g.add("sparse", "ModelSamplingSD3", 7.0, model=model)
-    model = patched(g, shifted)
-    noise = g.add("sampler", "RandomNoise", SEED)
-    sampler = g.add("sampler", "KSamplerSelect", "euler")
-    sigmas = g.add("sampler", "BasicScheduler", "simple", 20, 1.0, model=shifted)
-    guider = g.add("sampler", "CFGGuider", 6.0, model=model, positive=positive, negative=negative)
-    samples = g.add("sampler", "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent)
-    images = decoded(g, samples, vae)
-    save_video(g, images, 24.0)
-    report(g, model, images)
+    model, samples = shifted_and_guided(g, model, latent, "CFGGuider", 6.0, positive=positive, negative=negative)
+    finish(g, model, decoded(g, samples, vae), 24.0)
 
 
 def wan_files(g: Graph) -> tuple[dict, dict]:
@@ -327,11 +329,8 @@ def wan2_1_t2v(g: Graph) -> None:
     positive, negative = text_pair(g, clip, FOX, BAD_VIDEO)
     latent = g.add("inputs", "EmptyHunyuanLatentVideo", 832, 480, 81, 1)
     model = patched(g, g.add("sparse", "ModelSamplingSD3", 8.0, model=model))
-    samples = g.add("sampler", "KSampler", SEED, 30, 6.0, "uni_pc", "simple", 1.0,
-                    model=model, positive=positive, negative=negative, latent_image=latent)  # fmt: skip
-    images = decoded(g, samples, vae)
-    save_video(g, images, 16.0)
-    report(g, model, images)
+    samples = sampled(g, model, (positive, negative), latent, 30, 6.0, "uni_pc")
+    finish(g, model, decoded(g, samples, vae), 16.0)
 
 
 @workflow("wan2_1_i2v", "wan_i2v")
@@ -353,11 +352,8 @@ def wan2_1_i2v(g: Graph) -> None:
     start = g.add("inputs", "WanImageToVideo", 832, 480, 81, 1,
                   positive=positive, negative=negative, vae=vae, clip_vision_output=seen, start_image=picture)  # fmt: skip
     model = patched(g, g.add("sparse", "ModelSamplingSD3", 8.0, model=model))
-    samples = g.add("sampler", "KSampler", SEED, 20, 6.0, "uni_pc", "simple", 1.0,
-                    model=model, positive=Slot(start, 0), negative=Slot(start, 1), latent_image=Slot(start, 2))  # fmt: skip
-    images = decoded(g, samples, vae)
-    save_video(g, images, 16.0)
-    report(g, model, images)
+    samples = sampled(g, model, (Slot(start, 0), Slot(start, 1)), Slot(start, 2), 20, 6.0, "uni_pc")
+    finish(g, model, decoded(g, samples, vae), 16.0)
 
 
 TWO_EXPERTS = (
@@ -437,9 +433,7 @@ def ltxv(g: Graph) -> None:
     sigmas = g.add("sampler", "LTXVScheduler", 30, 2.05, 0.95, True, 0.1, latent=latent)
     samples = g.add("sampler", "SamplerCustom", True, SEED, 3.0, model=patched_model, positive=Slot(timed, 0), negative=Slot(timed, 1),
                     sampler=sampler, sigmas=sigmas, latent_image=latent)  # fmt: skip
-    images = decoded(g, samples, model)
-    save_video(g, images, 25.0)
-    report(g, patched_model, images)
+    finish(g, patched_model, decoded(g, samples, model), 25.0)
 
 
 @workflow("qwen_image", "qwen_image")
@@ -459,11 +453,8 @@ def qwen_image(g: Graph) -> None:
     positive, negative = text_pair(g, clip, prompt, "")
     latent = g.add("inputs", "EmptySD3LatentImage", 1328, 1328, 1)
     model = patched(g, g.add("sparse", "ModelSamplingAuraFlow", 3.1, model=model))
-    samples = g.add("sampler", "KSampler", SEED, 20, 2.5, "euler", "simple", 1.0,
-                    model=model, positive=positive, negative=negative, latent_image=latent)  # fmt: skip
-    images = decoded(g, samples, vae)
-    save_image(g, images)
-    report(g, model, images)
+    samples = sampled(g, model, (positive, negative), latent, 20, 2.5, "euler")
+    finish(g, model, decoded(g, samples, vae))
 
 
 TOUR_SPARSE = """## 1. Sparge Attention
@@ -516,11 +507,8 @@ def monitor_tour(g: Graph) -> None:
     model = patched(g, g.add("sparse", "ModelSamplingSD3", 8.0, model=model))
     g.note(TOUR_SPARSE, "sparse", title="1. Sparge Attention")
     g.note(TOUR_MONITOR, "watch", title="2. Sparge Monitor")
-    samples = g.add("sampler", "KSampler", SEED, 20, 6.0, "uni_pc", "simple", 1.0,
-                    model=model, positive=positive, negative=negative, latent_image=latent)  # fmt: skip
-    images = decoded(g, samples, vae)
-    save_video(g, images, 16.0)
-    shown = report(g, model, images)
+    samples = sampled(g, model, (positive, negative), latent, 20, 6.0, "uni_pc")
+    shown = finish(g, model, decoded(g, samples, vae), 16.0)
     g.add("report", "PreviewImage", title="Blocks kept, over the frames", images=Slot(shown, 4))
     g.note(TOUR_REPORT, "report", title="3. Sparge Report")
 

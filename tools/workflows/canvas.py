@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 
 import build_workflows
 from comfy_server import ComfyServer
+from front_end import FrontEnd
 from PIL import Image
-from test_browser import Desk
 
 # Every node as the front end made it: the file's size is a wish, a node is never smaller than its slots and widgets.
 BOXES = """app.graph._nodes.map((node) => ({ id: node.id, type: node.type, title: node.title, x: node.pos[0], y: node.pos[1] - 30,
   width: node.size[0], height: node.size[1] + 30, known: LiteGraph.registered_node_types[node.type] !== undefined, broken: !!node.has_errors }))"""
-
-
 FURNITURE = 80, 140  # what the front end's own bars take at the sides, and at the top and bottom
 
 
@@ -26,19 +23,13 @@ def stock(server: ComfyServer) -> None:
     Image.effect_noise((96, 80), 60).convert("RGB").save(server.base / "input" / build_workflows.EXAMPLE_PICTURE)
 
 
-class Canvas(Desk):
-    """A page for any workflow file."""
+class Canvas(FrontEnd):
+    """The front end with any workflow file."""
 
     def drop(self, workflow: dict) -> list[dict]:
-        """Drops the file on the canvas, as a user does; returns the boxes of its nodes."""
+        """Drops the file on an empty canvas; returns the boxes of its nodes."""
         self.page.evaluate("app.graph.clear()")
-        self.page.evaluate(f"""(() => {{
-          const data = new DataTransfer();
-          data.items.add(new File([{json.dumps(json.dumps(workflow))}], 'dropped.json', {{ type: 'application/json' }}));
-          const target = document.querySelector('canvas#graph-canvas');
-          for (const type of ['dragenter', 'dragover', 'drop'])
-            target.dispatchEvent(new DragEvent(type, {{ dataTransfer: data, bubbles: true, cancelable: true, clientX: 700, clientY: 500 }}));
-        }})()""")
+        self.drop_file(workflow)
         self.page.wait_for(f"app.graph._nodes.length === {len(workflow['nodes'])} && Object.keys(app.graph.links).length >= 0")
         self.unveil()
         return self.page.evaluate(BOXES)

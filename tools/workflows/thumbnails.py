@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "web"), str(HERE.parent / "comfyui"), str(HERE.parents[1] / "tests" / "web")]  # what pyproject.toml gives to pytest
+sys.path[:0] = [str(HERE.parent / "web"), str(HERE.parent / "comfyui")]  # what pyproject.toml gives to pytest
 
 import build_workflows  # noqa: E402
 import canvas  # noqa: E402
@@ -33,13 +33,13 @@ def jpeg(picture: Image.Image) -> bytes:
 def main(names: list[str]) -> None:
     with comfy_server.ComfyServer() as server, chromium.Chromium(chromium.find()) as browser:
         canvas.stock(server)
-        desk = canvas.Canvas(browser, server, "canvas")
-        desk.set(VueNodes_Enabled=False, Locale="en", ColorPalette="dark", Minimap_Visible=False, Graph_CanvasMenu=False, Graph_CanvasInfo=False)
-        desk.open()
+        front_end = canvas.Canvas(browser, server)
+        front_end.set(VueNodes_Enabled=False, Locale="en", ColorPalette="dark", Minimap_Visible=False, Graph_CanvasMenu=False, Graph_CanvasInfo=False)
+        front_end.open()
         for name in names or build_workflows.WORKFLOWS:
             path = build_workflows.FOLDER / f"{name}.json"
-            boxes = desk.drop(json.loads(path.read_text(encoding="utf-8")))
-            path.with_suffix(".jpg").write_bytes(jpeg(desk.picture(boxes)))
+            boxes = front_end.drop(json.loads(path.read_text(encoding="utf-8")))
+            path.with_suffix(".jpg").write_bytes(jpeg(front_end.picture(boxes)))
 
 
 if __name__ == "__main__":
