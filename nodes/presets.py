@@ -25,36 +25,36 @@ class Preset:
     source: str
 
 
-UNPUBLISHED = "nothing published for this model; 0.2 and the first block are careful values; not yet measured here"
+UNPUBLISHED = "nothing published for this model; 0.2 and the first layer are careful values; not yet measured here"
 
 # fmt: off
 PRESETS: dict[str, Preset] = {row.family: row for row in (
     Preset("flux", "Flux.1", 0.5, 0.2, 1.0, "0-1",
-           "Chipmunk, FLUX.1-dev: blocks 0 and 1 dense, and one step in ten; 0.2 is a careful value; not yet measured here"),
+           "Chipmunk, FLUX.1-dev: layers 0 and 1 dense, and one step in ten; 0.2 is a careful value; not yet measured here"),
     Preset("chroma", "Chroma", 0.5, 0.2, 1.0, "0", UNPUBLISHED),
     Preset("mochi", "Mochi 1", 0.5, 0.24, 1.0, "",
-           "Radial Attention, Mochi 1: 12 steps (of 50, taken from its other models) dense, no block; not yet measured here"),
+           "Radial Attention, Mochi 1: 12 steps (of 50, taken from its other models) dense, no layer; not yet measured here"),
     Preset("hunyuan_video", "HunyuanVideo", 0.5, 0.24, 1.0, "0",
-           "Radial Attention: 12 of 50 steps dense; Sparse VideoGen, 720p: 5 of 50 steps and the first block; not yet measured here"),
+           "Radial Attention: 12 of 50 steps dense; Sparse VideoGen, 720p: 5 of 50 steps and the first layer; not yet measured here"),
     Preset("hunyuan_video_1_5", "HunyuanVideo 1.5", 0.5, 0.24, 1.0, "0",
            "nothing published without training; as HunyuanVideo; not yet measured here"),
     Preset("wan_t2v", "Wan 2.1 / 2.2 t2v", 0.5, 0.24, 1.0, "0",
-           "Radial Attention: 12 of 50 steps (2.2: 11 of 40) and the first block dense; Sparse VideoGen: 10 of 50 and the first block; "
+           "Radial Attention: 12 of 50 steps (2.2: 11 of 40) and the first layer dense; Sparse VideoGen: 10 of 50 and the first layer; "
            "not yet measured here"),
     Preset("wan_i2v", "Wan 2.1 i2v", 0.5, 0.35, 1.0, "0",
-           "Sparse VideoGen: 14 of 40 steps (480p: 8 of 40) and the first block dense; not yet measured here"),
+           "Sparse VideoGen: 14 of 40 steps (480p: 8 of 40) and the first layer dense; not yet measured here"),
     Preset("wan_2_2_i2v", "Wan 2.2 i2v", 0.5, 0.27, 1.0, "0",
-           "nothing published for i2v; Radial Attention, Wan 2.2 t2v: 11 of 40 steps and the first block dense; not yet measured here"),
+           "nothing published for i2v; Radial Attention, Wan 2.2 t2v: 11 of 40 steps and the first layer dense; not yet measured here"),
     Preset("wan_vace", "Wan VACE", 0.5, 0.24, 1.0, "0", "nothing published; as Wan t2v; not yet measured here"),
     Preset("wan_2_2_5b", "Wan 2.2 5B", 0.5, 0.27, 1.0, "0", "nothing published; as Radial Attention on Wan 2.2 14B; not yet measured here"),
     Preset("ltxv", "LTXV", 0.5, 0.2, 1.0, "0",
-           "SpargeAttn's example for LTX-Video 0.9.7 keeps nothing dense at topk 0.5; 0.2 and the first block are careful values; "
+           "SpargeAttn's example for LTX-Video 0.9.7 keeps nothing dense at topk 0.5; 0.2 and the first layer are careful values; "
            "not yet measured here"),
     Preset("qwen_image", "Qwen-Image", 0.5, 0.2, 1.0, "0", UNPUBLISHED),
     Preset("cosmos1", "Cosmos 1", 0.5, 0.3, 1.0, "0",
-           "Sparse VideoGen, Cosmos 1.0 14B: 10 of 35 steps and the first block dense; not yet measured here"),
+           "Sparse VideoGen, Cosmos 1.0 14B: 10 of 35 steps and the first layer dense; not yet measured here"),
     Preset("cogvideox", "CogVideoX", 0.5, 0.2, 1.0, "0-1",
-           "Sparse VideoGen, CogVideoX 1.5: the first 20 % of the schedule and blocks 0 and 1 dense; not yet measured here"),
+           "Sparse VideoGen, CogVideoX 1.5: the first 20 % of the schedule and layers 0 and 1 dense; not yet measured here"),
 )}
 # fmt: on
 """By family. Two models of one row cannot be told apart by what they are built of (Flux dev and Kontext; both experts of Wan 2.2 and Wan 2.1)."""

@@ -109,7 +109,7 @@ def sparge_values(family: str) -> list:
 def about(g: Graph, title: str, what: str, expect: str, *following: str) -> None:
     """The note of a workflow. Files are listed by `build`, when they are known."""
     row = PRESETS[WORKFLOWS[g.name][0]]
-    dense = f"block {row.dense_blocks} (of the model's transformer blocks, counted from 0)" if row.dense_blocks else "no block"
+    dense = f"layer {row.dense_blocks} (of the model's transformer blocks, counted from 0)" if row.dense_blocks else "no layer"
     g.note("\n".join([
         f"# {title}",
         what,
@@ -209,7 +209,7 @@ def flux_dev(g: Graph) -> None:
         g,
         "Flux.1 dev with Sparge Attention",
         "A picture of 1024 x 1024 from text. Sparge Attention lets the model attend only to the blocks of tokens that matter.",
-        "Text and picture are one sequence here, of 4,096 picture tokens and the prompt; the text is never skipped. That is short: most of what "
+        "Text and picture are one sequence here, of 4,096 picture tokens and the prompt; the text is always kept. That is short: most of what "
         "there is to gain lies in larger pictures.",
         "1536 x 1536 or 2048 x 1024: attention grows with the square of the pixels, and so does what is left out.",
     )
@@ -232,8 +232,8 @@ def flux_kontext(g: Graph) -> None:
         "Flux.1 Kontext with Sparge Attention",
         "Edits a picture as the prompt says. Choose your own picture in *Load Image*.",
         "The picture that you give stands in the same sequence as the one that is made, so there are about 8,200 tokens and the prompt. Tokens of "
-        "the reference may be skipped where nothing attends to them.",
-        "protect_references on: the reference is never skipped. Compare how much of it survives the edit.",
+        "the reference are kept only where something attends to them.",
+        "protect_references on: the reference is always kept. Compare how much of it survives the edit.",
     )
     model = g.add("models", "UNETLoader", "flux1-dev-kontext_fp8_scaled.safetensors", "default")
     clip = g.add("models", "DualCLIPLoader", "clip_l.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors", "flux", "default")
@@ -256,7 +256,7 @@ def mochi(g: Graph) -> None:
         g,
         "Mochi 1 with Sparge Attention",
         "A video of 848 x 480 with 37 frames from text.",
-        "11,130 video tokens and the prompt in one sequence; the text is never skipped.",
+        "11,130 video tokens and the prompt in one sequence; the text is always kept.",
         "85 or 163 frames, where memory allows: 23,850 and 44,520 tokens; attention grows with the square of that.",
     )
     model = g.add("models", "UNETLoader", "mochi_preview_bf16.safetensors", "default")
@@ -275,7 +275,7 @@ def hunyuan_video_t2v(g: Graph) -> None:
         g,
         "HunyuanVideo with Sparge Attention",
         "A video of 848 x 480 with 73 frames from text.",
-        "30,210 video tokens and the prompt in one sequence; the text is never skipped.",
+        "30,210 video tokens and the prompt in one sequence; the text is always kept.",
         "129 frames or 1280 x 720: the share of attention in the time grows, and with it what can be saved.",
     )
     model = g.add("models", "UNETLoader", "hunyuan_video_t2v_720p_bf16.safetensors", "default")
@@ -295,7 +295,7 @@ def hunyuan_video_1_5(g: Graph) -> None:
         g,
         "HunyuanVideo 1.5 with Sparge Attention",
         "A video of 1280 x 720 with 121 frames from text.",
-        "111,600 video tokens and the prompt in one sequence, the longest of these workflows; the text is never skipped.",
+        "111,600 video tokens and the prompt in one sequence, the longest of these workflows; the text is always kept.",
         "640 x 368 first, to find the values: a step takes a small part of the time.",
     )
     model = g.add("models", "UNETLoader", "hunyuanvideo1.5_720p_t2v_fp16.safetensors", "default")
@@ -442,7 +442,7 @@ def qwen_image(g: Graph) -> None:
         g,
         "Qwen-Image with Sparge Attention",
         "A picture of 1328 x 1328 from text, good at writing in pictures.",
-        "6,889 picture tokens and the prompt in one sequence; the text is never skipped.",
+        "6,889 picture tokens and the prompt in one sequence; the text is always kept.",
         "Larger pictures: attention grows with the square of the pixels, and so does what is left out.",
         FEW_STEPS,
     )
@@ -460,15 +460,15 @@ def qwen_image(g: Graph) -> None:
 TOUR_SPARSE = """## 1. Sparge Attention
 Everything is decided here. After a run the node says in one line what ran sparse and why the rest stayed dense.
 - **topk**: the share of key blocks that every block of queries keeps. The one slider to play with.
-- **pvthreshd**: also skip the second half of work on tiles that hardly count. Lower skips more, 50 is off. The CPU ignores it.
+- **pvthreshd**: skips the second half of work on tiles that hardly count. Lower skips more, 50 is off. The CPU ignores it.
 - **start_percent, end_percent**: sparse only in this part of the schedule.
-- **dense_blocks**: blocks that stay dense, such as `0, 3-5, -1`.
+- **dense_blocks**: layers that stay dense, such as `0, 3-5, -1`.
 - **min_tokens**: shorter calls stay dense.
-- **simthreshd1**: never skip blocks whose tokens differ more than this. Negative is off.
+- **simthreshd1**: always keep blocks whose tokens differ more than this. Negative is off.
 - **cdfthreshd**: also keep blocks until this share of the attention is covered, so hard heads keep more. 0 is off.
 - **token_order**: how tokens are grouped. auto: 3-D tiles at a low topk, rows above.
-- **compensate**: skipped blocks count with their average.
-- **protect_references**: never skip reference pictures.
+- **compensate**: blocks that are not kept count with their average.
+- **protect_references**: always keep reference pictures.
 - **backend**: auto takes the fastest that runs here.
 - **preset**: auto fills what you leave at its default with the values for this model."""
 
@@ -492,9 +492,9 @@ def monitor_tour(g: Graph) -> None:
     about(
         g,
         "A tour: Sparge Attention, Monitor and Report",
-        "A short video (832 x 480, 33 frames) with the smallest Wan 2.1 model, to watch what is skipped. The notes 1 to 3 explain each switch. Queue "
+        "A short video (832 x 480, 33 frames) with the smallest Wan 2.1 model, to watch what is kept. The notes 1 to 3 explain each switch. Queue "
         "it, look at *Sparge Monitor* while it runs, then at *Sparge Report*.",
-        "14,040 video tokens attend to one another; attention to the text is a call of its own and stays dense. The first steps and block 0 are "
+        "14,040 video tokens attend to one another; attention to the text is a call of its own and stays dense. The first steps and layer 0 are "
         "dense columns and a dense row in the heat map.",
         "topk 1: everything dense. With the same seed this is the picture to compare with.",
         "cdfthreshd 0.9 with topk 0.1: easy heads keep little, hard ones more.",
