@@ -4,9 +4,9 @@ what a device's may be, and as sm_80 is built. Whole calls on every device that 
 from __future__ import annotations
 
 import emulator
+import prepass_case
 import pytest
 import test_attention
-import test_prepass
 import torch
 from emulator import Configuration
 from faults import Check, attention, prepass, select
@@ -26,7 +26,7 @@ def whole(name: str, *arguments) -> Check:
 ANY_ARCH = (
     prepass("forms", "float16", 64, "int8", "bool"),
     prepass("forms", "float32", 128, "fp16", "bias"),
-    prepass("bitwise_repeat_under_any_schedule", 64, "int8"),
+    Check("test_prepass_memory", "test_bitwise_repeat_under_any_schedule", (64, "int8")),
     select("rules", dict(cdfthreshd=0.5), "subblock"),
     select("rules", dict(topk=0.2, cdfthreshd=0.4, causal=True, always_keep={"k": [(0, 1)]}, simthreshd1=0.3), "subblock"),
     select("rules", dict(topk=0.1, simthreshd1=0.4), "mean"),
@@ -62,12 +62,12 @@ CHECKS = (
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 def test_a_configuration_reaches_the_kernels(configuration):
-    case = test_prepass.problem("float16", 64, 200, mask="bias")
+    case = prepass_case.problem("float16", 64, 200, mask="bias")
     attention = test_attention.Problem(*test_attention.inputs(1, 1, 2, 1, 200, 333, 64))
-    plain, out = test_prepass.run(case), attention.run()[0]
+    plain, out = prepass_case.run(case), attention.run()[0]
     with emulator.configured(CONFIGURATIONS[configuration]):
-        other, other_out = test_prepass.run(case), attention.run()[0]
-    differ = {name for name, x in vars(plain).items() if not torch.equal(test_prepass.bits(x), test_prepass.bits(getattr(other, name)))}
+        other, other_out = prepass_case.run(case), attention.run()[0]
+    differ = {name for name, x in vars(plain).items() if not torch.equal(prepass_case.bits(x), prepass_case.bits(getattr(other, name)))}
     assert differ
     # What attention sums is fused by its sources wherever g++ could do it: contraction changes nothing there.
     assert torch.equal(out, other_out) == (CONFIGURATIONS[configuration].salt == 0)

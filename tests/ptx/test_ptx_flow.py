@@ -10,7 +10,7 @@ import flow
 import hopper_candidates
 import parse
 import pytest
-from executor import ptx_of
+from executor import LINE_INFO, ptx_of
 from sparge_kernels import config
 from sparge_kernels.cuda import nvrtc
 
@@ -102,7 +102,7 @@ def test_a_broken_rule_of_the_products_is_seen(name):
 def located(dim: int, masked: bool) -> str:
     """The kernel's PTX with the place in the source of every instruction."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nvrtc, "FLAGS", (*nvrtc.FLAGS, "--generate-line-info"))
+        patch.setattr(nvrtc, "FLAGS", (*nvrtc.FLAGS, LINE_INFO))
         return ptx_of.__wrapped__(variant(dim, masked), "sm_90")
 
 

@@ -93,14 +93,19 @@ def _compiler() -> nvrtc.Compiler:
     return nvrtc.open_library(library)
 
 
+LINE_INFO = "--generate-line-info"
+
+
 @functools.lru_cache(maxsize=256)
 def ptx_of(variant: config.Variant, arch: str) -> str:
-    """The PTX of a variant for an architecture, by the compiler and with the options of the packaged binaries. Kept in the emulator's cache.
+    """The PTX of a variant for an architecture, by the compiler and with the options of the packaged binaries. Kept in the emulator's cache; with
+    lines of the source (`LINE_INFO` among the options) for these very texts, for a comment moves lines and the digest does not see it.
 
     Without the pinned compiler the test is skipped; with CI=true it fails.
     """
     program = nvrtc.program(variant.source, variant.target(arch).replace("sm_", "compute_"), variant.defines)
-    key = hashlib.sha256(f"{program.digest} {cubins.NVRTC_VERSION}".encode()).hexdigest()[:20]
+    texts = program.files if LINE_INFO in program.options else ""
+    key = hashlib.sha256(f"{program.digest} {cubins.NVRTC_VERSION}{texts}".encode()).hexdigest()[:20]
     return _kept(f"{variant.name}-{key}.ptx", lambda: _compiler().compile(program).code.decode())
 
 

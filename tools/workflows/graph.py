@@ -90,7 +90,7 @@ SECTIONS = {
     "watch": (3, "Watch it live"),
     "sampler": (4, "Sample"),
     "result": (4, "Result"),
-    "report": (5, "What was skipped"),
+    "report": (5, "What was kept"),
 }
 TITLE, GAP, MARGIN, HEADING, COLUMN_GAP = 30, 40, 20, 50, 90
 HEIGHTS = {"SpargeMonitor": 720, "CLIPTextEncode": 190, "LoadImage": 340, "SaveImage": 460, "SaveVideo": 500, "SpargeReport": 560,
