@@ -110,7 +110,7 @@ def on_gpu(options, device: torch.device, machine, about: dict, cost: dict) -> i
     for title in ("binaries", "packages"):
         for name, value in result[title].items():
             say(f"{name}: {value}")
-    for check in checks(machines, device, options.short):
+    for check in checks(machines, device):
         result["checks"].append({"name": check.name, "error": check.error, "bound": check.bound})
     say(f"{len(result['checks'])} checks passed")
     cost["gpu"] = bench_host.cost(machine, device)
@@ -137,7 +137,7 @@ def on_gpu(options, device: torch.device, machine, about: dict, cost: dict) -> i
     return 0
 
 
-def checks(machines: dict, device: torch.device, short: bool) -> list[bench_check.Check]:
+def checks(machines: dict, device: torch.device) -> list[bench_check.Check]:
     """All checks, of which none failed.
 
     Raises

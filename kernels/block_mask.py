@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -171,8 +172,12 @@ class BlockMask:
             return NotImplemented
         if self.shape[2:] != other.shape[2:] or any(a != b and 1 not in (a, b) for a, b in zip(self.shape[:2], other.shape[:2], strict=True)):
             raise ValueError(f"block masks must agree in N_q and N_k, and in B and H up to 1, got {self.shape} and {other.shape}")
-        kept = how(self.block_map, other.block_map)
-        return BlockMask(kept, self.visible if self.visible is not None else other.visible)
+        kept, known = how(self.block_map, other.block_map), [x.visible for x in (self, other) if x.visible is not None]
+        if not known:
+            return BlockMask(kept)
+        # How many blocks were visible is known, not which: of both the fewer may be, of either the more, and all that are kept are.
+        visible = reduce(torch.minimum if how is torch.logical_and else torch.maximum, known)
+        return BlockMask(kept, torch.maximum(visible, kept.sum(-1, dtype=torch.int32)))
 
     @staticmethod
     def sliding_window(s_q: int, s_k: int, window: int) -> BlockMask:
@@ -185,13 +190,13 @@ class BlockMask:
     @staticmethod
     def global_tokens(s_q: int, s_k: int, ranges: Sequence[tuple[int, int]]) -> BlockMask:
         """Keeps every block that a token range [start, end) touches, as keys (whole columns) and as queries (whole rows)."""
-        kept = torch.zeros(num_blocks(s_q, BLOCK_Q), num_blocks(s_k, BLOCK_K), dtype=torch.bool)
+        kept = np.zeros((num_blocks(s_q, BLOCK_Q), num_blocks(s_k, BLOCK_K)), dtype=bool)
         for start, end in ranges:
             if not 0 <= start < end <= max(s_q, s_k):
                 raise ValueError(f"ranges must hold 0 <= start < end <= {max(s_q, s_k)} (tokens), got ({start}, {end}); use token indices")
-            kept[:, start // BLOCK_K : num_blocks(end, BLOCK_K)] = True
-            kept[start // BLOCK_Q : num_blocks(end, BLOCK_Q)] = True
-        return BlockMask.from_dense(kept)
+            kept[:, start // BLOCK_K : num_blocks(end, BLOCK_K)] |= start < s_k
+            kept[start // BLOCK_Q : num_blocks(end, BLOCK_Q)] |= start < s_q
+        return BlockMask.from_dense(torch.from_numpy(kept))
 
     @staticmethod
     def frames(plan: OrderPlan, window: int, *, first: bool = True) -> BlockMask:

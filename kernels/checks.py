@@ -34,7 +34,7 @@ def tensors(q: Tensor, k: Tensor, v: Tensor | None, layout: str) -> tuple[Tensor
         _tensor(name, x, q, layout)
     if layout == "NHD":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), None if v is None else v.transpose(1, 2)
-    if 1 in q.stride()[:3] and q.shape[3] > 1 and any(size > 1 and stride == 1 for size, stride in zip(q.shape[:3], q.stride()[:3], strict=True)):
+    if 1 in q.stride()[:3] and q.shape[3] > 1:
         q = q.contiguous()  # overlapping rows: the output, made like q, would not be contiguous in its last dimension
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(f"k must have q's batch and head_dim, got {_axes(q)} for q and {_axes(k)} for k; pass tensors of one call")
@@ -112,8 +112,8 @@ def number(name: str, value, allowed: Range, q: Tensor) -> float | Tensor:
     torch.func transform's).
     """
     if isinstance(value, Tensor):
-        if value.shape != (q.shape[1],):
-            got = tuple(value.shape)
+        if value.shape != (q.shape[1],) or value.is_complex():
+            got = _got(value)
             raise ValueError(f"{name} as a tensor must hold one value per head, shape ({q.shape[1]},), got shape {got}; use one number for all heads")
         _constant(name, value)
         if value.device.type == "cpu" and not torch.compiler.is_compiling() and not _functorch.is_functorch_wrapped_tensor(value):
@@ -169,8 +169,8 @@ def key_mask(mask, k: Tensor) -> Tensor | None:
             f"key_mask must have the shape (B, S_k) = {(k.shape[0], k.shape[2])}, got {tuple(mask.shape)}; a mask that differs per query or head "
             "is not supported: use dense attention"
         )
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"key_mask must be bool (True = attend) or a float bias, got {mask.dtype}; use mask.bool()")
+    if mask.dtype != torch.bool and (not mask.is_floating_point() or mask.dtype.itemsize < 2):
+        raise TypeError(f"key_mask must be bool (True = attend) or a float bias of 16 bits or more, got {mask.dtype}; use mask.bool() or mask.float()")
     if mask.device != k.device:
         raise ValueError(f"key_mask must be on the device of k ({k.device}), got {mask.device}; move it there")
     _constant("key_mask", mask)

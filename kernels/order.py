@@ -64,9 +64,12 @@ class OrderPlan:
         device = torch.device(device)
         if device.type == "cpu":
             return self.perm
-        if device not in self._device_copies:
-            self._device_copies[device] = self.perm.to(device)
-        return self._device_copies[device]
+        if device in self._device_copies:
+            return self._device_copies[device]
+        made = self.perm.to(device)
+        if type(made) is Tensor:  # not one that only stands for a tensor, as while a compiler looks
+            self._device_copies[device] = made
+        return made
 
     def coordinates(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Per plan position: grid number (-1 on protected spans), frame t, place y * W + x inside the frame, and H * W of that grid."""
@@ -109,7 +112,9 @@ def plan(kind: str, segments: Sequence) -> OrderPlan:
         checked.append(numbers if len(numbers) == 3 else numbers[0])
     if not checked:
         raise ValueError("segments must hold at least one span or grid, got none")
-    return _cached_plan(kind, tuple(checked))
+    # What is made under a mode of the dispatcher (a fake, a tracer's) is of no use to a later call.
+    is_plain = torch.compiler.is_dynamo_compiling() or not torch._C._len_torch_dispatch_stack()
+    return (_cached_plan if is_plain else _cached_plan.__wrapped__)(kind, tuple(checked))
 
 
 @lru_cache(maxsize=32)

@@ -310,7 +310,7 @@ def test_no_speeds_after_a_failed_check(monkeypatch, capsys):
     monkeypatch.setattr(bench_check, "small", lambda pv, device, tiles: [bench_check.Check("x", 2.0, 1.0)])
     monkeypatch.setattr(bench_check, "long", lambda pv, device: bench_check.Check("y", 0.0, 1.0))
     with pytest.raises(bench.Wrong, match="1 of 2 checks failed"):
-        bench.checks({"int8": bench_host.StubMachine()}, CPU, short=True)
+        bench.checks({"int8": bench_host.StubMachine()}, CPU)
     assert "x: 2.00e+00 of 1.00e+00 WRONG" in capsys.readouterr().out
 
 

@@ -571,9 +571,10 @@ def test_autocast_leaves_the_call_alone(rand, clustered):
         assert torch.equal(select_blocks(q, k, topk=0.1).to_dense(), blocks)
 
 
-def test_overlapping_rows_of_q(rand):
-    """A sliding window: rows one element apart. An output made like it would not be contiguous in its last dimension."""
-    q = rand(0, 400).as_strided((1, 1, 40, 64), (400, 400, 1, 1))
-    k, v = rand(1, 1, 1, 100, 64), rand(2, 1, 1, 100, 64)
+@pytest.mark.parametrize("stride", [(400, 64, 1, 1), (1, 64, 0, 1)], ids=["a sliding window", "one row for all"])
+def test_overlapping_rows_of_q(rand, stride):
+    """An output made like it would not be contiguous in its last dimension."""
+    q = rand(0, 400).as_strided((1, 2, 40, 64), stride)
+    k, v = rand(1, 1, 2, 100, 64), rand(2, 1, 2, 100, 64)
     out = sparse_attention(q, k, v, topk=1.0)
     assert out.stride(3) == 1 and torch.equal(out, sparse_attention(q.clone(memory_format=torch.contiguous_format), k, v, topk=1.0))

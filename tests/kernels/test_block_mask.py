@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from sparge_kernels import BlockMask, block_mask, order
+from sparge_kernels import BlockMask, block_mask, order, select_blocks
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 
@@ -75,8 +75,24 @@ def test_or_and_and(a, b):
 def test_or_keeps_visible():
     visible = torch.tensor([[[2, 4]]], dtype=torch.int32)
     x, y = random_mask((1, 2, 2, 4), 1), random_mask((1, 2, 2, 4), 2)
+    x[:, :, 0, 2:] = y[:, :, 0, 2:] = False
     for m in (BlockMask.from_dense(x, visible) | BlockMask.from_dense(y), BlockMask.from_dense(x) | BlockMask.from_dense(y, visible)):
         torch.testing.assert_close(m.density, (x | y).sum((-2, -1)) / 6)
+
+
+@pytest.mark.parametrize("key_mask", [False, True])
+def test_the_density_of_joined_selections_is_a_share(key_mask):
+    """Whatever each could have kept: causal beside a window that sees all, or keys that the other one masks."""
+    q, k = (torch.randn(1, 2, 1000, 16, generator=torch.Generator().manual_seed(n)) for n in range(2))
+    if key_mask:
+        front = torch.arange(1000)[None] < 512
+        x, y = (select_blocks(q, k, topk=1.0, key_mask=mask) for mask in (front, ~front))
+    else:
+        x, y = select_blocks(q, k, topk=1.0, causal=True), BlockMask.sliding_window(1000, 1000, 2000)
+    for joined in (x | y, y | x, x & y, y & x):
+        assert joined.density.max() <= 1
+    assert (x | y).density.min() == (y | x).density.min() == 1 and torch.equal((x & y).density, (y & x).density)
+    assert torch.equal((x | x).density, x.density) and torch.equal((x & x).density, x.density)
 
 
 @pytest.mark.parametrize("window", [0, 1, 63, 64, 65, 127, 128, 300, 5000])
@@ -87,7 +103,7 @@ def test_sliding_window(s_q, s_k, window):
     assert torch.equal(mask.to_dense()[0, 0], blocks_of(pairs))
 
 
-@pytest.mark.parametrize("ranges", [[], [(0, 1)], [(63, 65)], [(64, 128)], [(127, 128), (500, 700)], [(0, 1000)], [(190, 200)]], ids=str)
+@pytest.mark.parametrize("ranges", [[], [(0, 1)], [(63, 65)], [(64, 128)], [(127, 128), (500, 700)], [(0, 1000)], [(190, 200)], [(210, 300)]], ids=str)
 @pytest.mark.parametrize("s_q, s_k", [(1000, 1000), (200, 1000), (1000, 200)])
 def test_global_tokens(s_q, s_k, ranges):
     pairs = np.zeros((s_q, s_k), bool)
@@ -204,6 +220,12 @@ def test_the_map_on_a_device_is_kept_with_the_mask_and_goes_nowhere_with_it():
     first = mask.on(elsewhere)
     assert first.device == elsewhere and mask.on(elsewhere) is first and mask.on(elsewhere, keep=False) is first
     assert len(pickle.dumps(mask)) == before and torch.equal(pickle.loads(pickle.dumps(mask)).on(torch.device("cpu")), kept)
+
+
+def test_builders_are_on_the_cpu_whatever_the_default_device_is():
+    with torch.device("meta"):
+        masks = BlockMask.sliding_window(300, 300, 9), BlockMask.global_tokens(300, 300, [(0, 5)])
+    assert (masks[0] | masks[1]).to_dense().device.type == "cpu"
 
 
 def test_a_map_that_only_stands_for_one_is_not_kept():

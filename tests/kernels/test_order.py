@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sparge_kernels import order
+from sparge_kernels import order, sparse_attention
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 SEGMENTS = [
     ((1, 1, 1),), ((5,)), (5, (3, 5, 7)), ((2, 3, 5), 4), (3, (4, 4, 4), 2, (1, 9, 5), 1), ((1, 13, 17),), ((17, 1, 1),), ((9, 30, 52),),
@@ -122,3 +123,25 @@ def test_errors(kind, segments, parts):
     with pytest.raises(ValueError) as caught:
         order.plan(kind, segments)
     assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_what_only_stands_for_a_tensor_is_not_kept():
+    segments = [3, (2, 5, 23)]  # of no other test: plans are cached
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(order.plan("tiles", segments).perm, FakeTensor)
+    plan = order.plan("tiles", segments)
+    assert type(plan.perm) is type(plan.inverse) is torch.Tensor and order.plan("tiles", segments) is plan
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(plan.on(torch.device("meta")), FakeTensor)
+    assert type(plan.on(torch.device("meta"))) is torch.Tensor
+
+
+def test_a_plan_made_during_an_export_changes_no_later_call():
+    class Model(torch.nn.Module):
+        def forward(self, q):
+            return sparse_attention(q, q, q, topk=0.3, order=order.plan("tiles", [(1, 10, 31)]))
+
+    q = torch.randn(1, 2, 310, 32, generator=torch.Generator().manual_seed(1))
+    exported = torch.export.export(Model(), (q,), strict=False)
+    out = Model()(q)
+    assert type(out) is torch.Tensor and torch.equal(exported.module()(q), out)
