@@ -170,7 +170,7 @@ def key_mask(mask, k: Tensor) -> Tensor | None:
             "is not supported: use dense attention"
         )
     if mask.dtype != torch.bool and (not mask.is_floating_point() or mask.dtype.itemsize < 2):
-        raise TypeError(f"key_mask must be bool (True = attend) or a float bias of 16 bits or more, got {mask.dtype}; use mask.bool() or mask.float()")
+        raise TypeError(f"key_mask must be bool (True = attend) or a bias of 16 bits or more, got {mask.dtype}; use mask.bool() or mask.float()")
     if mask.device != k.device:
         raise ValueError(f"key_mask must be on the device of k ({k.device}), got {mask.device}; move it there")
     _constant("key_mask", mask)

@@ -62,16 +62,27 @@ def test_output_depends_on_attention(model, recorded, monkeypatch):
     assert change > 0.01, f"without attention the output of {model.name} changes by {change:.3%} only"
 
 
-def changed_rows(model, noise, other_noise=None, **other_inputs):
-    """By how much each row of the first main layer's keys changes, relative to the largest change: [tokens]."""
-    keys = []
-    for inputs, latent_noise in ((model, noise), (replace(model, **other_inputs), noise if other_noise is None else other_noise)):
-        recorder = comfy_models.Recorder(keep=True)
-        comfy_models.sample(inputs, recorder.install(model.patcher), steps=1, noise=latent_noise)
-        call = recorder.main(model)[0]
-        key = call.tensors[1].transpose(1, 2).flatten(2) if call.skip_reshape else call.tensors[1]
-        keys.append(key)
-    change = (keys[1] - keys[0]).abs().amax(dim=(0, 2))
+def keys_of(model, noise, inputs):
+    """The first main layer's keys, (B, tokens, channels)."""
+    recorder = comfy_models.Recorder(keep=True)
+    comfy_models.sample(inputs, recorder.install(model.patcher), steps=1, noise=noise)
+    call = recorder.main(model)[0]
+    return call.tensors[1].transpose(1, 2).flatten(2) if call.skip_reshape else call.tensors[1]
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    """A noise, and the keys under it."""
+    if not model.intercepted:
+        pytest.skip(f"no override sees {model.name}")
+    noise = torch.randn(model.latent.shape, generator=torch.Generator().manual_seed(3))
+    return noise, keys_of(model, noise, model)
+
+
+def changed_rows(model, plain, other_noise=None, **other_inputs):
+    """By how much each row of the keys changes, relative to the largest change: [tokens]."""
+    noise, keys = plain
+    change = (keys_of(model, noise if other_noise is None else other_noise, replace(model, **other_inputs)) - keys).abs().amax(dim=(0, 2))
     return change / change.max()
 
 
@@ -81,21 +92,18 @@ def spans(model, *kinds):
     return [(first, last) for (kind, _), first, last in zip(model.segments, [0, *ends], ends, strict=False) if kind in kinds]
 
 
-def test_grid_stands_where_the_segments_say(model):
+def test_grid_stands_where_the_segments_say(model, plain):
     """One latent pixel changes, and the token that changes most is the one that row-major order over (T, H, W) gives."""
-    if not model.intercepted:
-        pytest.skip(f"no override sees {model.name}")
     ((first, _),) = spans(model, "grid")
     ((_, grid),) = [segment for segment in model.segments if segment[0] == "grid"]
     size = (1, *model.latent.shape[2:]) if model.latent.ndim == 4 else model.latent.shape[2:]
     step = [math.ceil(n / tokens) for n, tokens in zip(size, grid, strict=True)]
     place = [max(tokens - 3, 0) for tokens in grid]
     token = first + (place[0] * grid[1] + place[1]) * grid[2] + place[2]
-    noise = torch.randn(model.latent.shape, generator=torch.Generator().manual_seed(3))
-    other = noise.clone()
+    other = plain[0].clone()
     pixel = [slice(p * s, (p + 1) * s) for p, s in zip(place, step, strict=True)]
     other[(..., *pixel[1:]) if model.latent.ndim == 4 else (..., *pixel)] += 4.0
-    change = changed_rows(model, noise, other)
+    change = changed_rows(model, plain, other)
     found = change.argmax().item()
     if model.name in CONVOLUTIONS_FIRST:
         assert found in [token + row * grid[2] + column for row in (-1, 0, 1) for column in (-1, 0, 1)]
@@ -105,22 +113,19 @@ def test_grid_stands_where_the_segments_say(model):
         assert change[start:end].max() == 0
 
 
-def test_text_and_references_stand_where_the_segments_say(model):
-    if not model.intercepted:
-        pytest.skip(f"no override sees {model.name}")
-    noise = torch.randn(model.latent.shape, generator=torch.Generator().manual_seed(3))
+def test_text_and_references_stand_where_the_segments_say(model, plain):
     ((embedding, options),) = model.positive
     for start, end in spans(model, "text"):
         other = embedding.clone()
         other[:, 4] += 3.0 * torch.randn(embedding.shape[2], generator=torch.Generator().manual_seed(5))
-        change = changed_rows(model, noise, positive=[[other, options]])
+        change = changed_rows(model, plain, positive=[[other, options]])
         assert change.argmax() == start + PROMPT_AT.get(model.name, 0) + 4 < end
         if model.name != "mochi":  # its pooled prompt modulates every row
             assert all(change[first:last].max() == 0 for first, last in spans(model, "grid", "reference"))
     for i, (start, end) in enumerate(spans(model, "reference")):
         references = list(options["reference_latents"])
         references[i] = references[i] + 1.0
-        change = changed_rows(model, noise, positive=[[embedding, {**options, "reference_latents": references}]])
+        change = changed_rows(model, plain, positive=[[embedding, {**options, "reference_latents": references}]])
         assert change[start:end].min() > 0
         assert all(change[first:last].max() == 0 for first, last in spans(model, "text", "grid"))
 

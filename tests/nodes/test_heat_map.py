@@ -232,10 +232,11 @@ def test_long_strings_and_large_numbers_stay_inside(draw):
 
 
 def test_a_long_run_is_drawn_in_bounded_time_and_size(draw):
-    run = make_run(4000, 60, 24)
+    run, wide = make_run(4000, 60, 1), make_run(3, 60, 24)
     start = time.monotonic()
     image = draw.heat_map(run)
     draw.step_frame(run, 3999)
+    draw.step_frame(wide, 2)
     assert time.monotonic() - start < 30 and image.size < (1281, 1450)
 
 
