@@ -195,7 +195,7 @@ class Sparse:
 def decide(request: Request, call: CallContext) -> Dense | Sparse:
     """The fixed order of questions; the first "no" names the reason."""
     run, settings, tokens = call.run, call.run.settings, request.s_q
-    if request.s_q != request.s_k and request.s_k <= SHORT_TEXT:
+    if request.s_q != request.s_k and (request.s_k <= SHORT_TEXT or request.s_k == call.model_call.context_tokens):
         return Dense(None, reasons.CROSS_ATTENTION.format(keys=request.s_k))
     layer = call.next_layer(tokens, request.options)
     no = _unfit(request, settings)

@@ -234,6 +234,18 @@ def test_dense_blocks(nodes, tiny, patched, last_run, name):
     assert COUNTING not in last_run()["reasons"]
 
 
+def test_a_long_prompt_takes_no_layer_numbers(nodes, tiny, patched, last_run):
+    """Cross-attention is known by its keys, the prompt's, whatever their number: dense_blocks lists the layers it does for a short prompt."""
+    model = tiny("wan_t2v", latent=(1, 16, 1, 80, 80), prompt=1200)  # 1,600 tokens of picture
+    for text, dense in (("1", [1]), ("-1", [1]), ("0", [0])):
+        patcher = patched(model, dense_blocks=text, min_tokens=1500)
+        for _ in range(2):  # negative numbers count in the first run
+            comfy_models.sample(model, patcher, steps=1)
+        run = last_run()
+        assert run["layers"] == 2 and run["reasons"] == {"cross-attention to 1,200 tokens": 2, LISTED: 1}
+        assert [layer for (_, layer), (sparse, _) in counts(run).items() if not sparse] == dense and run["totals"]["sparse_calls"] == 1
+
+
 def test_a_block_listed_by_its_positive_number_needs_no_count(nodes, tiny, patched, last_run):
     model = tiny("hunyuan_video")
     comfy_models.sample(model, patched(model, dense_blocks="1, -1"), steps=1)

@@ -165,8 +165,18 @@ def test_half_precision(direct, reference, dtype):
     torch.testing.assert_close(out.float(), reference(q, k, v, H, skip_reshape=True).float(), rtol=2e-2, atol=2e-2)
 
 
-def test_long_cross_attention_runs_sparse(direct, reference):
-    """Keys beyond 1,024 tokens are worth skipping; nothing is protected or reordered there."""
+@pytest.mark.parametrize("s_q", [300, 1500])
+def test_long_cross_attention_to_the_prompt_stays_dense(direct, reference, s_q):
+    ours = direct(context_tokens=1100)
+    q, k, v = qkv(s_q, 1100)
+    torch.testing.assert_close(ours(q, k, v, H, skip_reshape=True), reference(q, k, v, H, skip_reshape=True), rtol=1e-4, atol=1e-5)
+    assert ours.reasons() == ["cross-attention to 1,100 tokens"] and ours.context.layers == 0 == ours.run.sparse_calls
+    ours(*qkv(1100), H, skip_reshape=True)  # as many tokens of picture as the prompt has: a layer's own
+    assert ours.context.layers == 1 == ours.run.sparse_calls
+
+
+def test_long_keys_that_are_not_the_prompt_run_sparse(direct, reference):
+    """Cached keys and those of references beyond 1,024 tokens are worth skipping; nothing is protected or reordered there."""
     ours, exact = direct(context_tokens=7), direct(topk=1.0, context_tokens=7)
     q, k, v = qkv(300, 1100)
     torch.testing.assert_close(exact(q, k, v, H, skip_reshape=True), reference(q, k, v, H, skip_reshape=True), rtol=1e-4, atol=1e-5)
