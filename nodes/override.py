@@ -251,7 +251,7 @@ def _unfit(request: Request, settings: Settings) -> str | None:
         return reasons.DTYPE.format(dtype=", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)))
     if request.head_dim > 256:
         return reasons.HEAD_DIM.format(dim=request.head_dim)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (request.q, request.k, request.v)):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (request.q, request.k, request.v, request.mask)):
         return reasons.GRADIENTS
     return None
 

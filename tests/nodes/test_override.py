@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import comfy_models
 import pytest
 import torch
-from attention_calls import KEY, H, S, answer, counts, plain, qkv, quantised
+from attention_calls import KEY, B, H, S, answer, counts, plain, qkv, quantised
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -70,6 +70,18 @@ def test_gradients(direct):
     assert ours.reasons() == ["inputs need gradients (there is no backward)"] and out.requires_grad
     with torch.no_grad():
         ours(q, k, v, H, skip_reshape=True)
+    assert len(ours.reasons()) == 1 and ours.closed()["totals"]["sparse_calls"] == 1
+
+
+def test_a_mask_that_needs_gradients(direct, reference):
+    q, k, v = qkv()
+    mask = torch.zeros(B, 1, S, requires_grad=True)
+    ours = direct()
+    with torch.enable_grad():
+        out = ours(q, k, v, H, mask=mask, skip_reshape=True)
+    assert ours.reasons() == ["inputs need gradients (there is no backward)"] and out.requires_grad
+    torch.testing.assert_close(out.detach(), reference(q, k, v, H, mask=mask.detach(), skip_reshape=True), rtol=1e-4, atol=1e-5)
+    ours(q, k, v, H, mask=mask, skip_reshape=True)  # no gradients are wanted
     assert len(ours.reasons()) == 1 and ours.closed()["totals"]["sparse_calls"] == 1
 
 
