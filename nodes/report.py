@@ -56,7 +56,9 @@ class SpargeReport(io.ComfyNode):
         files = save(frames, heat_maps, layers, shown) if is_new else []
         drawn = batch(heat_maps)
         preview = ui.PreviewImage(drawn, cls=cls).as_dict()
-        return io.NodeOutput(data, drawn, batch(frames), export.to_json(shown), batch(sheets), ui={**preview, "sparge_files": files})
+        outputs = data, drawn, batch(frames), export.to_json(shown), batch(sheets)
+        telemetry.runs.mark_shown(node, found)  # last: a report that failed shows them the next time
+        return io.NodeOutput(*outputs, ui={**preview, "sparge_files": files})
 
 
 def empty_run() -> dict:
@@ -84,7 +86,8 @@ def images_of(data) -> np.ndarray | None:
     if not isinstance(data, torch.Tensor):
         return None
     every = max(1, -(-max(data.shape[1:3]) // MAX_IMAGE))
-    return data[:, ::every, ::every, :3].float().cpu().numpy()
+    channels = [0, 1, 2] if data.shape[-1] >= 3 else [0, 0, 0]  # a mask has one
+    return data[:, ::every, ::every, channels].float().cpu().numpy()
 
 
 def save(frames: list, heat_maps: list, layers: list[list[block_maps.LayerMaps]], runs: list[dict]) -> list[dict]:

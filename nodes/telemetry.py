@@ -59,19 +59,21 @@ class Runs:
         return self._shown.get(report, (0, 0))[1]
 
     def for_report(self, report: str, owners: list[str]) -> list[Run]:
-        """The runs since `report` last asked; when there is none, the ones it showed before.
+        """The runs since those that `report` showed; when there is none, the ones it showed last.
 
         `owners` limits them to the runs of these patches; empty: all runs.
         """
         first, last = self._shown.get(report, (0, 0))
         known = sorted((r for r in self.closed if not owners or r.owner in owners), key=lambda r: r.number)  # an inner run closes first
         chosen = [r for r in known if r.number > last]
-        if chosen:
+        return chosen or [r for r in known if first <= r.number <= last]
+
+    def mark_shown(self, report: str, shown: list[Run]) -> None:
+        """What `for_report` gave is shown: to be said once nothing can go wrong any more."""
+        if shown and shown[-1].number > self.last_shown(report):
             if len(self._shown) >= 64 and report not in self._shown:
                 self._shown.pop(next(iter(self._shown)))
-            self._shown[report] = (chosen[0].number, chosen[-1].number)
-            return chosen
-        return [r for r in known if first <= r.number <= last]
+            self._shown[report] = (shown[0].number, shown[-1].number)
 
 
 runs = Runs()

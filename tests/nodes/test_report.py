@@ -161,6 +161,35 @@ def test_maps_of_a_watched_run(nodes, pack, tiny, patched, report, folders, imag
     assert page.count("<img ") == 3 * len(of)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_images_that_are_not_rgb(nodes, pack, tiny, patched, report, folders, channels):
+    """Grey ones, such as masks, and ones with transparency lie under the maps all the same."""
+    model = tiny("wan_t2v")
+    patcher = sampled(model, watched(nodes, pack, patched(model)), steps=1)
+    images = torch.rand(2, 30, 20, channels, generator=torch.Generator().manual_seed(1))
+    found = nodes.report.images_of(images)
+    expected = images[..., :3] if channels > 2 else images[..., :1].expand(-1, -1, -1, 3)
+    assert np.array_equal(found, expected.numpy())
+    assert len(report(patcher, images).ui["sparge_files"]) == 7
+
+
+@pytest.mark.parametrize("part", ["save", "batch"])
+def test_a_report_that_fails_has_shown_nothing(nodes, tiny, patched, report, folders, monkeypatch, part):
+    """A full disk, say: the next try saves the run's files."""
+    model = tiny("wan_t2v")
+    patcher = sampled(model, patched(model), steps=1)
+
+    def fail(*args):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="no space left"):
+        broken.setattr(nodes.report, part, fail)
+        report(patcher)
+    result = report(patcher)
+    (run,) = json.loads(result.args[3])["runs"]
+    assert run["note"] is None and len(result.ui["sparge_files"]) == 7
+
+
 def runs_in(result) -> list[int]:
     return [run.get("run") for run in json.loads(result.args[3])["runs"]]
 
