@@ -102,8 +102,9 @@ class Settings:
         return None if topk is None else Rule(topk, self.cdfthreshd or None, self.simthreshd1, self.pvthreshd, self.compensate)
 
     def shown(self) -> dict:
-        """The values in force by the inputs' names, for reports; `preset` is the label of the row in force."""
-        return {name: getattr(self, name) for name in INPUTS} | {"preset": self.row.label if self.row else "none"}
+        """The values in force by the inputs' names, for reports; `preset` is the label of the row in force, topk text with a policy."""
+        topk = self.topk if self.policy is None else "by the policy"
+        return {name: getattr(self, name) for name in INPUTS} | {"preset": self.row.label if self.row else "none", "topk": topk}
 
     def for_model(self, row: presets.Preset | None) -> Settings:
         """These settings with what their preset decides for a model of the family `row` (None: a family that is not in the table)."""
@@ -123,7 +124,7 @@ class Settings:
             return ""
         parts, unused = [], []
         for name in BY_PRESET:
-            value, wanted, default = getattr(self, name), getattr(self.row, name), INPUTS[name].default
+            value, wanted, default = self.shown()[name], getattr(self.row, name), INPUTS[name].default
             own = self.own.get(name, default)
             if value == wanted == own == default:
                 continue

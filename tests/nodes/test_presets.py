@@ -196,6 +196,23 @@ def test_the_lines_of_named_presets(execute):
     assert line == "preset careful: topk 0.7, start_percent 0.2, end_percent 1, dense_blocks 0 (the inputs' 0.5, 0, 0.9, empty are not used)"
 
 
+@pytest.mark.parametrize(
+    ("preset", "line"),
+    [
+        ("careful", "careful, Wan 2.1 / 2.2 t2v: topk by the policy (yours; preset: 0.7), start_percent 0.24, dense_blocks 0"),
+        ("auto", "Wan 2.1 / 2.2 t2v: topk by the policy (yours; preset: 0.5), start_percent 0.24, dense_blocks 0"),
+        ("off", ""),
+    ],
+)
+def test_a_policy_decides_topk_whatever_the_preset_says(tiny, execute, last_run, preset, line):
+    values = dict(preset=preset, topk=0.5, policy=SimpleNamespace(topk=lambda run, layer: 0.2))
+    patcher, settings = execute(**values, **DEFAULTS)
+    assert settings.preset_line().split(" (the inputs")[0] == (f"preset {line}" if line else "")
+    with torch.no_grad():
+        comfy_models.sample(tiny("wan_t2v"), patcher, steps=1)
+    assert last_run()["settings"]["topk"] == settings.shown()["topk"] == "by the policy"
+
+
 def test_named_presets_say_where_they_come_from(nodes, presets):
     assert {name: level.topk for name, level in presets.LEVELS.items()} == LEVELS
     assert nodes.settings.INPUTS["preset"].choices == ("auto", "off", *LEVELS)
