@@ -90,3 +90,21 @@ def test_frames_lie_where_their_tokens_are(nodes):
     assert queries.shape == keys.shape == (2, 16, 16)
     assert (queries[1, 8:] == 255).all() and (queries[1, :8] == 0).all() and (queries[0] == 0).all() and set(keys.flat) == {64}
     assert nodes.maps.frames(nodes.maps.PooledMap(values, 4, 8, None)) is None
+
+
+def test_thinning_ends_where_the_latest_map_alone_is_too_large(node_modules, monkeypatch):
+    maps, asked = node_modules.maps, []
+    nbytes = maps.RunMaps.nbytes.fget
+
+    def counted(run_maps):
+        asked.append(1)
+        assert len(asked) < 100, "it looks for room without end"
+        return nbytes(run_maps)
+
+    monkeypatch.setattr(maps.RunMaps, "nbytes", property(counted))
+    monkeypatch.setattr(maps, "MAX_BYTES", 0)
+    run_maps = maps.RunMaps()
+    for step in range(6):
+        run_maps.add(maps.At(step, 0), maps.Pooled(None, 1, 1, None), np.zeros((4, 4), np.uint8))
+    run_maps.thin()
+    assert [step for step, _ in run_maps.kept] == [0, 5]

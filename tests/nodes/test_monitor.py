@@ -275,6 +275,24 @@ def test_a_dense_call_that_fails(direct, nodes, error):
     assert run["totals"]["saved_ms"] is None is run["totals"]["speedup"]
 
 
+@pytest.mark.parametrize("is_cuda", [True, False], ids=["gpu", "cpu"])
+def test_the_first_dense_call_on_a_gpu_is_not_timed(nodes, monkeypatch, is_cuda):
+    """It loads the kernel."""
+    events = []
+
+    class Noted:
+        def __init__(self, device):
+            events.append("start")
+
+        def stop(self):
+            events.append("stop")
+
+    monkeypatch.setattr(nodes.override, "Timer", Noted)
+    run, request = SimpleNamespace(measured=lambda call, cost: None), SimpleNamespace(q=SimpleNamespace(device="cuda", is_cuda=is_cuda))
+    nodes.override._time_dense(run, nodes.recorder.Timed(0, 0, 300), request, lambda: events.append("call"))
+    assert events == ["start", *(["call"] if is_cuda else []), "start", "call", "stop", "stop"]  # the cost holds both
+
+
 def test_a_stop_by_the_user_in_the_dense_call_stops_the_run(direct, nodes):
     ours = direct()
     ours.run.monitors, ours.run.measures = {"7": True}, True

@@ -293,3 +293,11 @@ def tensors_in(root, known=()):
             front += [cell.cell_contents for cell in getattr(item, "__closure__", None) or ()]
             front += [getattr(item, "__self__", None)]
     return found
+
+
+def test_ours_is_found_six_links_deep_and_no_deeper(nodes):
+    def held(links: int):
+        return chained_in_a_closure(held(links - 1), []) if links else plain
+
+    for links, found in ((1, True), (5, True), (6, True), (7, False)):
+        assert nodes.chain.leads_to(held(links), plain) is found, links
