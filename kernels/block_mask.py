@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -244,8 +244,7 @@ def _block_ranges(length: int, block: int) -> np.ndarray:
     return np.stack([lo, np.minimum(lo + block, length) - 1])
 
 
-@dataclass(frozen=True)
-class _Boxes:
+class _Boxes(NamedTuple):
     """Per block the lowest and highest grid segment, frame and place inside the frame, and whether it holds protected tokens."""
 
     segment: np.ndarray

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,8 +83,7 @@ def _axes(x: Tensor) -> str:
     return f"B={x.shape[0]} H={x.shape[1]} S={x.shape[2]} D={x.shape[3]}"
 
 
-@dataclass(frozen=True)
-class Range:
+class Range(NamedTuple):
     """What a number may be, and what to do about another one."""
 
     low: float

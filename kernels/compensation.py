@@ -8,7 +8,6 @@ gain is small.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -38,8 +37,7 @@ class Heads(NamedTuple):
     pooled: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class PooledState:
+class PooledState(NamedTuple):
     """What the pooled blocks of each query block contribute, in the frame of the centred K.
 
     m0, l0, shift_weight : fp32 (H, N_q); u : fp32 (H, N_q, D); covariance : fp32 (H, D, D), value rows, key columns.

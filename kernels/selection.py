@@ -7,7 +7,6 @@ predicted softmax mass (`cdf`), or by either. See `select` for the rules; the de
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -26,8 +25,7 @@ _CHUNK_ELEMENTS = 1 << 20  # fp32 elements of q or k, or of the score map, that 
 _CHUNKS = 16  # and at most this share of q
 
 
-@dataclass(frozen=True, eq=False)
-class Keys:
+class Keys(NamedTuple):
     """A key mask in the forms the package works with.
 
     valid : bool (B, S_k)
@@ -141,8 +139,7 @@ def select(call: Call, rule: Rule, q: Tensor, k: Tensor) -> KeptBlocks:
     return KeptBlocks(kept, kept.sum(-1, dtype=torch.int32), visible[:, None].sum(-1, dtype=torch.int32), n_k)
 
 
-@dataclass(frozen=True, eq=False)
-class _Pool:
+class _Pool(NamedTuple):
     """Weighted moments of blocks of rows: mean and, where asked for, mean square and mean unit row (H, N, D); weight (N,)."""
 
     mean: Tensor

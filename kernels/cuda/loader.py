@@ -17,9 +17,9 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from .. import environment
 from ..config import Variant, number
@@ -53,8 +53,7 @@ class NotNow(RuntimeError):
         )
 
 
-@dataclass(frozen=True)
-class Binary:
+class Binary(NamedTuple):
     """Device code and where it came from."""
 
     code: bytes  # a cubin
@@ -62,8 +61,7 @@ class Binary:
     origin: str  # "packaged for sm_86", "compiled by NVRTC 12.8 for sm_100", or "cached, compiled by ..."
 
 
-@dataclass(frozen=True)
-class Places:
+class Places(NamedTuple):
     """Where a loader looks."""
 
     folder: Path  # holds `manifest.json`, `cubins/` and `src/`

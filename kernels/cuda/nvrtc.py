@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 SOURCES = Path(__file__).resolve().parent / "src"
 """The device code's folder."""
@@ -92,8 +92,7 @@ def program(name: str, arch: str, defines: tuple[tuple[str, int], ...], folder: 
     return Program(name, tuple(files.items()), arch, defines)
 
 
-@dataclass(frozen=True)
-class Compiled:
+class Compiled(NamedTuple):
     """What a compilation gave."""
 
     code: bytes  # a cubin; PTX, without the NUL at its end, for a virtual architecture

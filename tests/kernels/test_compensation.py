@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -224,7 +223,7 @@ def test_the_pooled_value_is_shifted_by_the_covariance_for_each_row(rand, cluste
     pooled = torch.ones(2, 2, 4, dtype=torch.bool)
     nothing = torch.zeros(2, 256, 16), torch.full((2, 256), -math.inf)
     state = compensation.pooled_state(compensation.Heads(q, k, v, None, pooled), 0.25)
-    base, base_lse = compensation.merge(*nothing, q, dataclasses.replace(state, covariance=torch.zeros(2, 16, 16)), 0.25)
+    base, base_lse = compensation.merge(*nothing, q, state._replace(covariance=torch.zeros(2, 16, 16)), 0.25)
     out, lse = compensation.merge(*nothing, q, state, 0.25)
     weight = (state.shift_weight / state.l0).repeat_interleave(128, 1)[..., None]
     torch.testing.assert_close(out - base, weight * 0.25 * (q @ state.covariance.mT), rtol=1e-4, atol=1e-5)
