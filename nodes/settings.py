@@ -122,9 +122,9 @@ class Settings:
         """The preset and the values in force: "preset Mochi 1: start_percent 0.24", and why one is not the preset's. Without a preset: ""."""
         if self.row is None:
             return ""
-        parts, unused = [], []
+        parts, unused, shown = [], [], self.shown()
         for name in BY_PRESET:
-            value, wanted, default = self.shown()[name], getattr(self.row, name), INPUTS[name].default
+            value, wanted, default = shown[name], getattr(self.row, name), INPUTS[name].default
             own = self.own.get(name, default)
             if value == wanted == own == default:
                 continue
@@ -187,8 +187,8 @@ def layer_listed(layer: int, listed: tuple[tuple[int, int], ...], total: int | N
 
 def listing_none(text: str, total: int) -> str:
     """The entries of `dense_blocks` that list none of a model's `total` layers ("40" of 30, "5--10" of 12), as text; "" when there are none."""
-    empty = [entry for entry in _entries(text) if not any(layer_listed(layer, parse_blocks(entry), total) for layer in range(total))]
-    return ", ".join(empty)
+    ranges = {entry: parse_blocks(entry) for entry in _entries(text)}
+    return ", ".join(entry for entry, listed in ranges.items() if not any(layer_listed(layer, listed, total) for layer in range(total)))
 
 
 def check(values: Mapping[str, Any]) -> str | None:

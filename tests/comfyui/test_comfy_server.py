@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from required import missing
 
-MODEL = "demo_wan.safetensors"
+MODEL = demo_model.FILE
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import comfy_server
 import demo_model
 import pytest
 
-MODEL = "sparge_demo_wan.safetensors"
+MODEL = demo_model.FILE
 
 
 @pytest.fixture(scope="module")

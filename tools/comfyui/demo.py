@@ -25,7 +25,7 @@ import install
 import safetensors.torch
 import torch
 
-MODEL = "sparge_demo_wan.safetensors"
+MODEL = demo_model.FILE
 WIDTH, HEIGHT = 416, 320  # pixels; a token is 16 x 16 of them
 FPS, FRAMES_PER_LATENT = 20, 4
 SEED, PROMPT_SEED = 1, 3

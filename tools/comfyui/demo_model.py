@@ -17,6 +17,9 @@ from pathlib import Path
 
 import torch
 
+FILE = "sparge_demo_wan.safetensors"
+"""What the demo's workflow calls it."""
+
 DIM, HEADS, HEAD_DIM, FFN, TEXT_DIM, FREQ_DIM = 256, 2, 128, 128, 4096, 256
 LATENT, PATCH = 16, 64  # latent channels; values of one 1 x 2 x 2 patch
 AXES = (44, 42, 42)  # RoPE channels of t, y, x in a head

@@ -12,7 +12,7 @@ from pathlib import Path
 import comfy_server
 import demo_model
 
-MODEL = "sparge_demo_wan.safetensors"  # the name in workflows/sparge_demo.json
+MODEL = demo_model.FILE
 
 
 def serve(port: int, base: Path | None, browser: bool) -> None:

@@ -6,9 +6,10 @@ import json
 
 import chromium
 import comfy_server
+import demo_model
 from front_end import FrontEnd
 
-MODEL = "sparge_demo_wan.safetensors"
+MODEL = demo_model.FILE
 MONITOR = 12
 STEPS, LAYERS = 8, 6
 PANEL = "document.querySelector('.sparge-monitor')"
