@@ -37,6 +37,7 @@ MODULES = (
     "run_state",
     "schedule",
     "settings",
+    "speedup",
     "statistics",
     "telemetry",
     "transport",

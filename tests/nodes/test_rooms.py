@@ -40,7 +40,7 @@ def test_what_the_rooms_of_numbers_may_know():
         "statistics": set(),
         "speedup": set(),
         "maps": {"_kernels", "geometry"},
-        "recorder": {"maps", "speedup", "statistics"},
+        "recorder": {"maps", "reasons", "speedup", "statistics"},
         "telemetry": {"maps", "recorder"},
         "remarks": {"reasons", "recorder"},
         "transport": {"_comfy", "maps", "recorder", "remarks", "statistics", "telemetry"},
