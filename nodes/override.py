@@ -99,7 +99,7 @@ class AttentionOverride:
             return (self.previous or _plain)(func, *args, **kwargs)
         if call.depth:  # an override below ours called us again: this call is decided already
             return self._earlier(call, func, args, kwargs)
-        decision = decide(request, call)
+        decision = self._paced(decide(request, call), request, call)
         run = call.run.telemetry
         if isinstance(decision, Dense):
             timer = None if decision.layer is None else Timer(request.q.device)
@@ -118,6 +118,13 @@ class AttentionOverride:
         if run.wants_dense(timed):
             _time_dense(run, timed, q.device, lambda: self._instead(call, func, args, kwargs))
         return request.shaped(out)
+
+    def _paced(self, decision: Dense | Sparse, request: Request, call: CallContext) -> Dense | Sparse:
+        """The decision, unless it is for a call that an earlier run measured to be slower sparse."""
+        if isinstance(decision, Dense) or not call.run.pace.knows_any:
+            return decision
+        slower = call.run.pace.reason(self._kind(request, call))
+        return decision if slower is None else Dense(decision.layer, slower)
 
     def _kind(self, request: Request, call: CallContext) -> CallKind:
         """What the call is timed as. Nodes of ours further down are no other attention: `_instead` passes them by."""

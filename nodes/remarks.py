@@ -6,6 +6,8 @@ from . import reasons
 from .recorder import Run
 
 CROSS = reasons.CROSS_ATTENTION.split("{")[0]
+SLOWER = reasons.SLOWER.split("{")[0]
+MOST_REASONS = 4
 
 
 def summary(run: Run) -> str:
@@ -13,7 +15,8 @@ def summary(run: Run) -> str:
     totals = run.totals()
     if run.notes and not totals["sparse_calls"]:
         return run.notes
-    dense = ", ".join(f"{n} x {reason}" for reason, n in run.reasons.most_common(4))
+    counted = run.reasons.most_common()
+    dense = ", ".join(f"{n} x {reason}" for at, (reason, n) in enumerate(counted) if at < MOST_REASONS or reason.startswith(SLOWER))
     if not totals["sparse_calls"]:
         return f"nothing ran sparse; dense: {dense or 'no attention call was seen'}"
     text = f"{totals['sparse_calls']} calls sparse, density {_share(totals['density'])}, {totals['sparse_ms']:.0f} ms"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from . import _comfy, _kernels, geometry, reasons, remarks, schedule, telemetry, transport
 from .chain import leads_to
+from .pace import Pace
 from .settings import Settings, listing_none, parse_blocks
 from .speedup import Plan
 
@@ -126,6 +127,7 @@ class RunState:
             },
         )
         self.telemetry.total_layers = patch.total_layers or 0
+        self.pace = Pace(self.settings, self.telemetry.monitors)
         self.telemetry.plan = Plan([step for step, sigma in enumerate(sigmas[:-1]) if self.window.holds(sigma)])
 
     def at(self, sigma) -> Moment:
@@ -141,6 +143,8 @@ class RunState:
         sampled, failure = self.telemetry.state != "failed", None
         try:
             self.telemetry.close()
+            if sampled and (slower := self.pace.learn(self.telemetry.against_dense)):
+                self.telemetry.say(reasons.SLOWER_FROM_NOW, what=slower)
         except RuntimeError as error:
             failure = error
             self.telemetry.abandon(reasons.ENDED_EARLY.format(error=type(error).__name__))

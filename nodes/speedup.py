@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median, median_low
 from typing import NamedTuple
 
 import torch
+
+from .geometry import CallShape
 
 DENSE = "dense"
 FEWEST, MOST = 3, 5  # ratios of a kind: below the fewest nothing is said
@@ -26,7 +28,7 @@ class CallKind(NamedTuple):
     """What the time of an attention call hangs on: the shape of the call, the type and the device of its tensors, and `instead`, what would answer it
     if it were not sparse: "dense", or another node's attention by name."""
 
-    shape: Hashable
+    shape: CallShape
     dtype: torch.dtype
     device: torch.device
     instead: str

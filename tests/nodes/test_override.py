@@ -191,6 +191,7 @@ def test_all_reasons_are_provoked_here(nodes):
     """A reason that is added to the table needs a test here; those of monitors, of measuring and of lost numbers have theirs elsewhere."""
     names = {name for name in vars(nodes.reasons) if name.isupper()}
     elsewhere = {"NO_NODE", "NOTHING_SPARSE", "REPLACED", "NOT_TIMED", "NO_MAP", "FEW_STEPS", "LISTS_NONE", "NUMBERS_LOST"}
+    elsewhere |= {"SLOWER", "SLOWER_FROM_NOW"}
     assert names - elsewhere == {
         "OPTED_OUT", "GRADIENTS", "DTYPE", "HEAD_DIM", "NO_BACKEND", "WINDOW", "DENSE_LAYER", "COUNTING_LAYERS", "CROSS_ATTENTION", "TOO_SHORT",
         "NOT_A_LAYER", "ONE_BLOCK", "MASK_PER_QUERY", "MASK_PER_HEAD", "MASK_SHAPE", "POLICY_DENSE", "NEVER_ROUTED", "NOTHING_SEEN", "ENDED_EARLY",
