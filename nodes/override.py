@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,25 +101,34 @@ class AttentionOverride:
             return (self.previous or _plain)(func, *args, **kwargs)
         if call.depth:  # an override below ours called us again: this call is decided already
             return self._earlier(call, func, args, kwargs)
-        decision = self._paced(decide(request, call), request, call)
         run = call.run.telemetry
+        with ExitStack() as paused:  # a dense call is ComfyUI's, and recorded as it always is
+            decision = _not_now(request, call, paused) or self._paced(decide(request, call), request, call)
+            if isinstance(decision, Sparse):
+                out, timed = self._sparse(request, call, decision)
+                if run.wants_dense(timed):  # not recorded either: no other block allocates what this one does then
+                    _time_dense(run, timed, request.q.device, lambda: self._instead(call, func, args, kwargs))
         if isinstance(decision, Dense):
             timer = None if decision.layer is None else Timer(request.q.device)
             out = self._earlier(call, func, args, kwargs)
             kind = self._kind(request, call) if timer is not None and _answers_for_sparse(request, call) else None
             run.dense(Timed(call.step, decision.layer, request.s_q, None if timer is None else timer.stop(), kind), decision.reason)
             return out
-        q, k, v = request.views()
-        how = {"layout": request.layout, "scale": request.scale, "backend": call.run.settings.backend, "return_info": True}
+        for other in call.below:
+            other.answered_above(request.s_q, request.options)
+        return out
+
+    def _sparse(self, request: Request, call: CallContext, decision: Sparse) -> tuple[Tensor, Timed]:
+        """Runs the call through the kernels and records it."""
+        run, (q, k, v) = call.run.telemetry, request.views()
+        how: dict[str, Any] = {"layout": request.layout, "scale": request.scale, "backend": call.run.settings.backend, "return_info": True}
         timer = Timer(q.device)
         out, info = _kernels.attend(q, k, v, **decision.arguments(), **how)
         timer.stop()
         pooled = _pooled(run, info, decision) if run.monitors else None
         timed = Timed(call.step, decision.layer, request.s_q, timer, self._kind(request, call))
         run.sparse(timed, {"density": info.density, "pv_skipped": info.pv_skipped}, pooled)
-        if run.wants_dense(timed):
-            _time_dense(run, timed, q.device, lambda: self._instead(call, func, args, kwargs))
-        return request.shaped(out)
+        return request.shaped(out), timed
 
     def _paced(self, decision: Dense | Sparse, request: Request, call: CallContext) -> Dense | Sparse:
         """The decision, unless it is for a call that an earlier run measured to be slower sparse."""
@@ -160,6 +171,15 @@ def _answers_for_sparse(request: Request, call: CallContext) -> bool:
     """Whether what answers this dense call would answer a sparse one of its shape alike: in the same precision, and by no other node of ours."""
     full_precision = request.full_precision or request.attn_precision == torch.float32 != request.q.dtype
     return not full_precision and not any(isinstance(value, CallContext) and value is not call for value in request.options.values())
+
+
+def _not_now(request: Request, call: CallContext, paused: ExitStack) -> Dense | None:
+    """Why nothing of ours may run at this moment, whatever the call; else None, and what ComfyUI records pauses until `paused` closes."""
+    if request.q.is_cuda and torch.cuda.is_current_stream_capturing():  # not even an event for the time may be recorded
+        call.next_layer(request.s_q, request.options)
+        return Dense(None, reasons.CAPTURED)
+    why = _comfy.pause_malloc_graph(paused)
+    return None if why is None else Dense(call.next_layer(request.s_q, request.options), reasons.RECORDED.format(why=why))
 
 
 def _pooled(run: Run, info: _kernels.AttentionInfo, decision: Sparse) -> Pooled | None:
@@ -219,6 +239,8 @@ def decide(request: Request, call: CallContext) -> Dense | Sparse:
     if request.s_q != request.s_k and (request.s_k <= SHORT_TEXT or request.s_k == call.model_call.context_tokens):
         return Dense(None, reasons.CROSS_ATTENTION.format(keys=request.s_k))
     layer = call.next_layer(tokens, request.options)
+    if settings.is_reference:
+        return Dense(layer, reasons.REFERENCE)
     no = _unfit(request, settings)
     if no is not None:
         return Dense(layer, no)
@@ -238,7 +260,7 @@ def decide(request: Request, call: CallContext) -> Dense | Sparse:
     if no is not None:
         return Dense(layer, no)
     rule = settings.rule(run, layer)
-    if rule is None:
+    if rule is None or rule.is_dense:
         return Dense(layer, reasons.POLICY_DENSE)
     if request.s_q != request.s_k:
         return Sparse(layer, rule, key_mask)

@@ -166,6 +166,7 @@ class Run:
         self.outside = Cell()  # the calls of no numbered layer
         self.reasons: Counter = Counter()
         self.calls = 0
+        self.answered_above = 0  # calls that another node of ours ran, not counted in `calls`
         self.sparse_calls = 0  # sparse calls, also those whose numbers have not arrived
         self.heads = 0
         self.tokens = 0
@@ -233,6 +234,11 @@ class Run:
                     self.plan.saw_dense(call.kind)
             cell.add("dense_calls", 1)
             cell.reasons[reason] += 1
+
+    def count_above(self) -> None:
+        """Counts a call that another node of ours ran."""
+        with self._lock:
+            self.answered_above += 1
 
     def say(self, sentence: str, **values: object) -> None:
         """Adds a sentence of `reasons` to what is said of the run; said again with other values, it takes its own place."""
@@ -465,6 +471,7 @@ class Run:
                 for step, cells in self.cells_of(range(self.steps)).items()
             ],
             "reasons": dict(self.reasons.most_common()),
+            "warning": self.warning,
             "note": self.notes,
             "compared_with": self.against_dense.instead(),
             "totals": self.totals(On.REPORT),

@@ -203,9 +203,6 @@ def test_the_halves_of_cfg_in_two_threads(nodes, tiny, patched, browser, last_ru
             return self.class_obj._apply_model(x, t, c_concat, c_crossattn, control, options, **conds)
 
     outer = type("Executor", (), {"class_obj": SimpleNamespace(model_patcher=patcher), "__call__": lambda self, *args: sampler(*args)})()
-    import comfy.model_management
-
-    comfy.model_management.load_models_gpu([patcher])
     patch.outer_sample(outer, torch.randn(model.latent.shape), model.latent, None, sigmas)
     run = last_run()
     assert run["totals"]["sparse_calls"] == 2 * 2 * steps and run["reasons"] == {"cross-attention to 7 tokens": 2 * 2 * steps}
