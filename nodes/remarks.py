@@ -41,7 +41,7 @@ def compared(run: Run) -> str:
     if not low or not high:
         return f"too few calls to compare with {than} ({calls} measured)"
     if middle is None:
-        digits = 2 if high - low < 0.1 else 1
+        digits = 2 if high - low < 0.1 or low < 0.1 else 1
         return f"no clear difference from {than} ({low:.{digits}f} to {high:.{digits}f}x, {calls} measured calls)"
     word, remedy = "faster", ""
     if middle < 1:

@@ -212,10 +212,11 @@ def test_dense_steps_of_the_run_serve_where_nothing_was_measured(nodes, kind):
         ((0.625, 0.5, 0.8), "dense", "1.6x slower than dense (1.2 to 2.0, 3 measured calls): raise min_tokens"),
         ((0.9, 1.3, 1.1, 1.0, 1.2), "dense", "no clear difference from dense (0.9 to 1.3x, 5 measured calls)"),
         ((1.01, 0.98, 1.02), "dense", "no clear difference from dense (0.98 to 1.02x, 3 measured calls)"),
+        ((0.04, 2.0, 1.3), "dense", "no clear difference from dense (0.04 to 2.00x, 3 measured calls)"),
         ((3.0, 3.0), "dense", "too few calls to compare with dense (2 measured)"),
         ((), "dense", ""),
     ],
-    ids=["faster", "close", "slower", "unclear", "equal", "too_few", "none"],
+    ids=["faster", "close", "slower", "unclear", "equal", "wide", "too_few", "none"],
 )
 def test_what_is_said(nodes, kind, ratios, instead, said):
     run = nodes.telemetry.runs.open(node="1", owner="o", metadata={}, sigmas=[1.0, 0.0], monitors={"7": True})

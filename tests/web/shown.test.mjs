@@ -56,6 +56,7 @@ test("the headline says what was measured, its spread and what it is compared wi
     "attention 1.20x faster than attention_override_sage of comfyui-kjnodes (1.02 to 1.30, 5 measured calls)");
   assert.equal(headline(run(measured(null, 0.9, 1.3), dense), t), "attention: no clear difference from dense (0.9 to 1.3x, 5 measured calls)");
   assert.equal(headline(run(measured(null, 0.98, 1.02), dense), t), "attention: no clear difference from dense (0.98 to 1.02x, 5 measured calls)");
+  assert.equal(headline(run(measured(null, 0.04, 2), dense), t), "attention: no clear difference from dense (0.04 to 2.00x, 5 measured calls)");
   const few = { speedup: null, speedup_low: null, speedup_high: null, compared_calls: 2, saved_ms: null };
   assert.equal(headline(run(few, dense), t), "speed-up: too few calls to compare with dense (2 measured)");
   assert.equal(headline(run({ ...few, compared_calls: 0 }), t), "speed-up: not measured so far");

@@ -48,7 +48,7 @@ function comparison(run, t) {
   const isSpread = isNumber(low) && isNumber(high) && low > 0;
   if (!isSpread) return t("tooFew", { what, n });
   const written = (values, digits) => Object.fromEntries(Object.entries(values).map(([name, value]) => [name, value.toFixed(digits)]));
-  if (!isNumber(speedup) || speedup <= 0) return t("noDifference", { what, n, ...written({ low, high }, high - low < 0.1 ? 2 : 1) });
+  if (!isNumber(speedup) || speedup <= 0) return t("noDifference", { what, n, ...written({ low, high }, high - low < 0.1 || low < 0.1 ? 2 : 1) });
   const isFaster = speedup >= 1;
   const values = isFaster ? { factor: speedup, low, high } : { factor: 1 / speedup, low: 1 / high, high: 1 / low };
   return t(isFaster ? "faster" : "slower", { what, n, ...written(values, values.low < 1.1 ? 2 : 1) });
