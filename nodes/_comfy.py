@@ -171,6 +171,12 @@ def _handler(server, path: str):
     return handle
 
 
+def user_folder() -> Path | None:
+    """ComfyUI's folder for what users keep between sessions, or None in a version without one."""
+    get = getattr(folder_paths, "get_user_directory", None)
+    return None if get is None else Path(get())
+
+
 def output_path(prefix: str, extension: str) -> tuple[str, dict]:
     """A new file in ComfyUI's output folder, and how the browser is told about it."""
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
