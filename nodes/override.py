@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import _comfy, _kernels, geometry, reasons
+from . import _comfy, _kernels, compiled, geometry, reasons
 from .maps import Pooled
 from .recorder import Run, Timed, Timer
 from .run_state import CallContext
@@ -93,7 +93,7 @@ class AttentionOverride:
     @torch.compiler.disable
     def __call__(self, func, *args, **kwargs):
         request = Request.bind(*args, **kwargs)
-        call = request.options.get(self.key)
+        call = compiled.call_of(request.options, self.key)
         if call is None:  # no model call of a sampler run: nothing is known, nothing is counted
             return (self.previous or _plain)(func, *args, **kwargs)
         if call.depth:  # an override below ours called us again: this call is decided already

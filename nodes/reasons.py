@@ -29,9 +29,21 @@ REPLACED = "another node replaced the attention hook; Sparge Attention put itsel
 NOT_TIMED = "dense attention could not be timed ({error}), so there is no speed-up to show"
 FEW_STEPS = "few steps: at most the first stays dense"
 LISTS_NONE = "dense_blocks: {entries} lists none of the model's {total} layers; correct it or leave it empty"
+FULLGRAPH = (
+    "Sparge Attention works between the compiled parts of a model, and fullgraph leaves no between: "
+    "switch fullgraph off in the node that compiles the model (torch.compile)"
+)
+LAYERS_MISSING = (
+    "only {seen} of the model's {total} layers asked this node: unless another node leaves layers out, the compiled model (torch.compile) "
+    "runs code that was traced without Sparge Attention; restart ComfyUI, or take the node out that compiles the model"
+)
 NO_MAP = "a block map could not be made for the monitor ({error})"
 
 # What is said when a whole run saw no call at all.
 NEVER_ROUTED = "ComfyUI does not route the attention of {family} through its hook, so no node can speed it up"
 ENDED_EARLY = "the run ended early ({error})"
 NOTHING_SEEN = "no attention call reached this node: another node's attention patch answered them all, or the model has none"
+TRACED_WITHOUT = (
+    "no attention call reached this node: the compiled model (torch.compile) runs code that was traced without Sparge Attention; "
+    "restart ComfyUI, or take the node out that compiles the model"
+)

@@ -9,7 +9,7 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from . import _comfy, _kernels, geometry, reasons, remarks, schedule, telemetry, transport
+from . import _comfy, _kernels, compiled, geometry, reasons, remarks, schedule, telemetry, transport
 from .chain import leads_to
 from .settings import Settings, listing_none, parse_blocks
 
@@ -54,19 +54,22 @@ class Patch:
         """Wrapper around one model call: makes the context that the override reads, and puts the override back on top where it was replaced."""
         options = dict(transformer_options or {})
         if self.run is None:
-            return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+            with compiled.own_code():
+                return executor(x, t, c_concat, c_crossattn, control, options, **conds)
         sigma = options.get("sigmas")
         self.run.at(t if sigma is None else sigma)
         model = _comfy.diffusion_model(executor.class_obj)
         context = 0 if c_crossattn is None else c_crossattn.shape[1]
         call = CallContext(self.run, geometry.ModelCall(model, _latent_shape(x, conds), context, conds, options))
-        options[self.key] = call
+        compiled.open_call(options, self.key, call)
         found = options.get(_comfy.KEY)
         if not leads_to(found, self.override):
             call.adopted = found
             self.run.telemetry.warning = reasons.REPLACED
-            options[_comfy.KEY] = self.override
-        out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
+            found = self.override
+        options[_comfy.KEY] = self.run.compiled.on_top(found, self.override)
+        with compiled.own_code():
+            out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
         call.finish()  # not where it failed: the last layer that it came to is not the model's last
         return out
 
@@ -118,6 +121,7 @@ class RunState:
             },
         )
         self.telemetry.total_layers = patch.total_layers or 0
+        self.compiled = compiled.Watch(patcher)
 
     def at(self, sigma) -> None:
         """A model call at `sigma`, a tensor with a value per batch element."""
@@ -140,8 +144,10 @@ class RunState:
             pass  # it ended early, which says nothing about who answers the model's calls
         elif self.family is not None and self.family.parts is None:
             self.telemetry.note = reasons.NEVER_ROUTED.format(family=self.family.name)
-        elif self.telemetry.calls == 0 and self.sigmas:
-            self.telemetry.note = reasons.NOTHING_SEEN
+        elif self.sigmas:
+            self.telemetry.note = self.compiled.note(self.telemetry, self.patch.total_layers or 0)
+            if self.telemetry.calls == 0 and self.telemetry.note is None:
+                self.telemetry.note = reasons.NOTHING_SEEN
         total = self.patch.total_layers
         if total and self.telemetry.sparse_calls and (entries := listing_none(self.settings.dense_blocks, total)):
             unlisted = reasons.LISTS_NONE.format(entries=entries, total=total)

@@ -19,6 +19,7 @@ MODULES = (
     "_comfy",
     "_kernels",
     "chain",
+    "compiled",
     "export",
     "geometry",
     "maps",
@@ -189,7 +190,8 @@ class Direct:
         self.state.family = None
         call = nodes.geometry.ModelCall(object(), (1, 16, 1, 8, 8), context_tokens, {}, {})
         self.context = nodes.run_state.CallContext(self.state, call)
-        self.options = {self.patch.key: self.context, KEY: self.patch.override}
+        self.options = {KEY: self.patch.override}
+        nodes.compiled.open_call(self.options, self.patch.key, self.context)
 
     def __call__(self, *args, **kwargs):
         """ComfyUI's own attention function, decorated as its models call it."""
