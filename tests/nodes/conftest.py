@@ -103,6 +103,31 @@ def last_run(nodes):
     return lambda: nodes.telemetry.runs.closed[-1].to_dict()
 
 
+@pytest.fixture
+def sampled(nodes, last_run):
+    """`sampled(model, patcher)`: the latents of three steps and the run, or None where none was opened."""
+
+    def sample(model, patcher=None, **how):
+        import comfy_models
+
+        before = nodes.telemetry.runs.latest
+        out = comfy_models.sample(model, patcher, steps=3, **how)
+        return out, last_run() if nodes.telemetry.runs.latest > before else None
+
+    return sample
+
+
+@pytest.fixture
+def dynamo(request):
+    """A backend of torch.compile that counts. Nothing that was compiled in a test is left to the next one; nothing is forgotten within one."""
+    import torch._dynamo
+    from compiled_models import Backend
+
+    torch._dynamo.reset()
+    yield Backend(getattr(request, "param", "eager"))
+    torch._dynamo.reset()
+
+
 class Browser:
     """A PromptServer: `sent` has the data of our events as a browser gets them, `routes` what extensions register."""
 
