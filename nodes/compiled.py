@@ -49,7 +49,7 @@ def own_code() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if type(error).__name__ == "Unsupported" and any(f"function {name}." in str(error) for name in ("AttentionOverride", "Outside")):
+        if type(error).__name__ == "Unsupported" and any(f"{name}." in str(error) for name in ("AttentionOverride", "Outside")):
             raise FullgraphError(reasons.FULLGRAPH) from error
         raise
     finally:

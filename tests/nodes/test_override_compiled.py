@@ -8,7 +8,7 @@ import comfy_models
 import pytest
 import torch
 from attention_calls import KEY
-from compiled_models import compiled
+from compiled_models import HAS_FILTERS, compiled
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -59,8 +59,9 @@ def test_on_and_off(tiny, patched, sampled, dynamo, family, way, place):
         torch.testing.assert_close(sampled(model, plain)[0], dense, rtol=1e-4, atol=1e-4)
         if turn == 0:
             compiled_once = dynamo.graphs
-    assert dynamo.graphs == compiled_once, "a second turn compiled something"
-    assert seen[0] == seen[1] == seen[2], "other settings compiled something"
+    if HAS_FILTERS:  # else Dynamo guards on everything in transformer_options, the wrappers of a new clone included
+        assert dynamo.graphs == compiled_once, "a second turn compiled something"
+        assert seen[0] == seen[1] == seen[2], "other settings compiled something"
 
 
 @pytest.mark.parametrize("way", ["whole", "blocks"])
