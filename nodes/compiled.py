@@ -14,7 +14,7 @@ statistics run in no compiled code and in no CUDA graph of "reduce-overhead".
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,21 +63,23 @@ class OpenCalls:
     def __init__(self, contexts: dict[str, Any]):
         self.contexts = contexts
 
-    def __deepcopy__(self, memo):
-        """Nodes may copy transformer_options deeply: the model call stays the same one."""
-        return self
-
 
 def open_call(options: dict, key: str, context: Any) -> None:
     """Enters the context of a model call for the patch of this key in transformer_options."""
     earlier = options.get(CALLS)
-    options[CALLS] = OpenCalls({**(earlier.contexts if earlier is not None else {}), key: context})
+    options[CALLS] = OpenCalls({**({} if earlier is None else earlier.contexts), key: context})
 
 
-def call_of(options: dict, key: str) -> Any:
+def call_of(options: Mapping, key: str) -> Any:
     """The context of the model call for the patch of this key, or None where there is none."""
     calls = options.get(CALLS)
     return None if calls is None else calls.contexts.get(key)
+
+
+def calls_in(options: Mapping) -> list:
+    """The contexts of the model call for every patch that has entered one, outermost wrapper first."""
+    calls = options.get(CALLS)
+    return [] if calls is None else list(calls.contexts.values())
 
 
 class Outside:
@@ -107,6 +109,7 @@ class Watch:
         module = _comfy.diffusion_model(patcher.model)
         held = [*_comfy.object_patches(patcher), *(module.modules() if isinstance(module, torch.nn.Module) else ())]
         self.is_compiled = _comfy.has_compile_wrapper(patcher) or any(map(_is_compiled, held))
+        self.layers = 0  # the most that a model call of this run has numbered
         self._outside: Outside | None = None
 
     def on_top(self, found: Callable, ours: Callable) -> Callable:
@@ -121,9 +124,9 @@ class Watch:
         """What to say of a closed run of a model with `total` layers (0: not known) where calls are missing that the compiled model has left out."""
         if not self.is_compiled or (self._outside is not None and self._outside.calls):
             return None
-        if not run.calls:
+        if not run.calls and not run.answered_above:
             return reasons.TRACED_WITHOUT
-        return reasons.LAYERS_MISSING.format(seen=run.layers, total=total) if run.layers < total else None
+        return reasons.LAYERS_MISSING.format(seen=self.layers, total=total) if self.layers < total else None
 
 
 def _is_compiled(held: object) -> bool:

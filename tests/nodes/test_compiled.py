@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from types import SimpleNamespace
 
@@ -143,7 +142,7 @@ def test_a_compiled_model_is_known(nodes, way):
 def test_a_model_that_is_not_compiled_keeps_its_hook(nodes, tiny, passing):
     watch, other = nodes.compiled.Watch(tiny("wan_t2v").patcher), passing()
     assert watch.on_top(other, nodes.override.AttentionOverride(None)) is other
-    assert watch.note(SimpleNamespace(calls=0, layers=0), 2) is None
+    assert watch.note(SimpleNamespace(calls=0, answered_above=0), 2) is None
 
 
 def test_containers_go_to_overrides_that_take_them(nodes):
@@ -186,7 +185,7 @@ def test_the_state_is_of_the_thread_and_comes_back(nodes):
 
 
 def test_open_calls(nodes):
-    """Each patch finds its own; options that hold an outer model call's keep theirs; deep copies of options lead to the same model call."""
+    """Each patch finds its own; options that hold an outer model call's keep theirs."""
     outer: dict = {}
     nodes.compiled.open_call(outer, "a", "first")
     inner = dict(outer)
@@ -194,4 +193,4 @@ def test_open_calls(nodes):
     nodes.compiled.open_call(inner, "a", context := object())
     assert [nodes.compiled.call_of(inner, key) for key in "abc"] == [context, "second", None]
     assert [nodes.compiled.call_of(outer, key) for key in "ab"] == ["first", None] and nodes.compiled.call_of({}, "a") is None
-    assert nodes.compiled.call_of(copy.deepcopy(inner), "a") is context
+    assert nodes.compiled.calls_in(inner) == [context, "second"] and nodes.compiled.calls_in({}) == []
