@@ -100,6 +100,16 @@ def set_attention_override(model, override) -> None:
     model.model_options.setdefault("transformer_options", {})[KEY] = override
 
 
+def has_compile_wrapper(model) -> bool:
+    """Whether ComfyUI's compile node, or one that works as it does, has compiled the model or parts of it for its model calls."""
+    return bool(model.wrappers.get(WRAPPERS.APPLY_MODEL, {}).get("torch.compile"))
+
+
+def object_patches(model) -> list:
+    """What nodes have put in the place of modules of the model, for the time that it is loaded."""
+    return list(getattr(model, "object_patches", {}).values())
+
+
 def diffusion_model(base_model):
     return base_model.diffusion_model
 
