@@ -27,6 +27,11 @@ class Rule:
     pvthreshd: float
     compensate: bool
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether topk is 1, for all heads alike."""
+        return isinstance(self.topk, float | int) and self.topk >= 1
+
 
 class Limits(NamedTuple):
     """Of a number: its range, the step of its widget, and what to do about a value outside."""
@@ -100,6 +105,11 @@ class Settings:
         """What decides the kept blocks of layer `layer` at this point of `run`; None: dense. A policy's answer stands in for topk."""
         topk = self.topk if self.policy is None else self.policy.topk(run, layer)
         return None if topk is None else Rule(topk, self.cdfthreshd or None, self.simthreshd1, self.pvthreshd, self.compensate)
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether every call is to stay dense: topk is 1, and no policy says otherwise."""
+        return self.policy is None and self.topk >= 1
 
     def shown(self) -> dict:
         """The values in force by the inputs' names, for reports; `preset` is the label of the row in force, topk text with a policy."""
