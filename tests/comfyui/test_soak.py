@@ -148,7 +148,7 @@ def test_a_log_that_grows_in_the_middle_of_a_traceback(tmp_path):
 def judged(seconds: list[float], **held) -> list[str]:
     """What a soak of ten minutes says that held this when it looked."""
     made = soak.Soak(None, 10.0, 1, SHORT)
-    rows = zip(seconds, *(held[name] for name in ("bytes", "threads", "files")), strict=True)
+    rows = zip(seconds, *(held.get(name, [7] * len(seconds)) for name in ("bytes", "tensors", "threads", "files")), strict=True)
     made.held = [soak.Held(*row) for row in rows]
     made.judge()
     return made.broken
@@ -157,11 +157,13 @@ def judged(seconds: list[float], **held) -> list[str]:
 def test_growth_is_noticed(capsys):
     seconds, flat = [60.0 * at for at in range(1, 11)], [5] * 10
     full = [900, 950, 1000, 1001, 999, 1002, 1003, 1000, 1009, 1008]
-    assert judged(seconds, bytes=full, threads=flat, files=flat) == []
-    assert "grew by 1.9 %" in judged(seconds, bytes=[*full[:7], 1019, 1019, 1019], threads=flat, files=flat)[0]
-    assert judged(seconds, bytes=full, threads=[*flat[:9], 6], files=flat) == ["the server's threads grew from 5 to 6"]
-    assert judged(seconds, bytes=full, threads=flat, files=[*flat[:9], 9]) == ["the server's files grew from 5 to 9"]
-    assert judged(seconds[:6], bytes=[1, 2, 3, 4, 5, 6], threads=flat[:6], files=flat[:6]) == [] and "not judged" in capsys.readouterr().out
+    assert judged(seconds, bytes=full) == []
+    assert judged(seconds, bytes=[*full[:7], 1019, 1019, 1019]) == ["the server's bytes grew by 1.9 %, from 1,000 to 1,019"]
+    assert "tensors grew by 100.0 %" in judged(seconds, bytes=full, tensors=[*flat[:7], 10, 10, 10])[0]
+    assert "threads grew by 20.0 %" in judged(seconds, bytes=full, threads=[*flat[:8], 6, 6])[0]
+    assert "files grew by 80.0 %" in judged(seconds, bytes=full, files=[*flat[:8], 9, 9])[0]
+    assert judged(seconds, bytes=full, files=[*flat[:9], 9]) == [], "a connection that is open at one moment is no leak"
+    assert judged(seconds[:6], bytes=[1, 2, 3, 4, 5, 6]) == [] and "not judged" in capsys.readouterr().out
 
 
 def test_a_family_that_is_never_sparse_is_noticed():

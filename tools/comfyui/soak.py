@@ -138,6 +138,7 @@ class Held:
 
     seconds: float
     bytes: int
+    tensors: int  # bytes of them
     threads: int
     files: int
 
@@ -186,8 +187,8 @@ class Soak:
                 held = await answer.json()
         self.held.append(Held(time.monotonic() - started, **held))
         done = sum(row["prompts"] for row in self.tally.values())
-        megabytes = f"{held['bytes'] / 1e6:,.1f} MB"
-        print(f"  {self.held[-1].seconds:5.0f} s {done:6} prompts {megabytes:>12} {held['threads']:5} threads {held['files']:5} files", flush=True)
+        memory = f"{held['bytes'] / 1e6:,.1f} MB, {held['tensors'] / 1e6:,.1f} MB of it in tensors"
+        print(f"  {self.held[-1].seconds:5.0f} s {done:6} prompts   {memory}, {held['threads']} threads, {held['files']} files", flush=True)
 
     async def run(self) -> None:
         await asyncio.to_thread(self.count_calls)
@@ -212,13 +213,10 @@ class Soak:
         if len(warm) < JUDGED:
             print(f"  Memory is not judged: {len(warm)} looks after the warm-up, and {JUDGED} are needed.")
             return
-        first, last = (statistics.median(held.bytes for held in part) for part in (warm[:3], warm[-3:]))
-        if last > GROWTH * first:
-            self.broken.append(f"the server's memory grew by {100 * (last / first - 1):.1f} %, from {first / 1e6:.1f} to {last / 1e6:.1f} MB")
-        for what in ("threads", "files"):
-            first, last = (max(getattr(held, what) for held in part) for part in (warm[:3], warm[-3:]))
-            if last > first:
-                self.broken.append(f"the server's {what} grew from {first} to {last}")
+        for what, most in (("bytes", GROWTH), ("tensors", GROWTH), ("threads", 1.0), ("files", 1.0)):
+            first, last = (statistics.median(getattr(held, what) for held in part) for part in (warm[:3], warm[-3:]))
+            if last > most * first:
+                self.broken.append(f"the server's {what} grew by {100 * (last / first - 1):.1f} %, from {first:,.0f} to {last:,.0f}")
 
     def table(self) -> str:
         names = ("prompts", "done", "interrupted", "error", "runs", "sparse", "dense")
