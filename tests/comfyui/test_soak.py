@@ -12,7 +12,7 @@ import soak
 import soak_checks
 from fixture_pack.soak import PLANNED
 from required import missing
-from soak_graphs import FAMILIES, Mix, Plan, again, graph, new_plan
+from soak_graphs import FAMILIES, Mix, Plan, again, first_plans, graph, new_plan
 
 SHORT = Mix(families=("wan_t2v", "sd15"), compiled=0)
 OURS = f'  File "/base/custom_nodes/{comfy_server.PACK_FOLDER}/nodes/override.py", line 3, in __call__'
@@ -180,10 +180,11 @@ def test_graphs_are_mixed_and_repeatable():
 
     made = plans(1)
     assert made == plans(1) != plans(2)
-    assert {plan.family for plan in made} == set(FAMILIES) and {len(plan.sparge) for plan in made} == {1, 2}
+    assert {plan.family for plan in made} == set(FAMILIES) and {len(plan.sparge) for plan in made} == {0, 1, 2}
     assert {plan.compiled for plan in made} == {"", "before", "behind"} and {plan.behind for plan in made} == {"", "chain", "replace", "fail"}
     assert {plan.interrupt_at for plan in made} == {None, 0, 1, 2, 3} and all((plan.interrupt_at or 0) < plan.steps for plan in made)
-    for plan in made:
+    assert all(plan.scale in (0.6, 1.0) and plan.batch == 1 for plan in made if plan.compiled)
+    for plan in [*made, *first_plans(Mix())]:
         nodes = graph(plan)
         chain, at = [], "count"
         while "model" in nodes[at]["inputs"]:

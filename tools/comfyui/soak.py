@@ -19,16 +19,16 @@ import statistics
 import sys
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 
 import aiohttp
 import comfy_server
 from soak_checks import ADDRESSED, Broken, Ended, Log, check
-from soak_graphs import Mix, Plan, again, counting_graph, graph, new_plan
+from soak_graphs import Mix, Plan, again, counting_graph, first_plans, graph, new_plan
 
 GROWTH = 1.01  # of memory, from the end of the warm-up on
-WARM_UP = 0.2  # of the time: caches, compiled graphs and thread pools fill
+WARM_UP = 0.2  # of the time, and until the first plans are done: caches, compiled graphs and thread pools fill
 ROUND_S = 20.0  # between two looks at memory
 JUDGED = 6  # looks after the warm-up that a judgement about memory takes
 END_EVENTS = {"execution_success": "done", "execution_error": "error", "execution_interrupted": "interrupted"}
@@ -51,8 +51,11 @@ class Client:
     async def work(self, until: float) -> None:
         """Prompt after prompt until `until` or the first thing that is broken."""
         while time.monotonic() < until and not self.soak.broken:
-            plan = again(self.last, self.chance) if self.last and self.chance.random() < 0.25 else None
-            if plan is None:
+            if self.soak.first:
+                plan = self.soak.first.popleft()
+            elif self.last and self.chance.random() < 0.25:
+                plan = again(self.last, self.chance)
+            else:
                 self.made += 1
                 plan = new_plan(self.chance, f"{self.name}{self.made}", self.soak.mix)
             self.last = None if plan.behind == "fail" else plan
@@ -148,6 +151,8 @@ class Soak:
 
     def __init__(self, server: comfy_server.ComfyServer, minutes: float, seed: int, mix: Mix):
         self.server, self.minutes, self.seed, self.mix = server, minutes, seed, mix
+        self.first = deque(first_plans(mix))
+        self.warm_s = WARM_UP * 60 * minutes
         self.log = Log(server)
         self.per_call: dict[str, int] = {}
         self.broken: list[str] = []
@@ -201,6 +206,8 @@ class Soak:
             while time.monotonic() < end and not self.broken:
                 await asyncio.gather(*(client.work(min(end, time.monotonic() + every)) for client in clients))
                 await self.look(started)
+                if self.first:
+                    self.warm_s = time.monotonic() - started + every
         if not self.broken:
             self.judge()
 
@@ -209,7 +216,7 @@ class Soak:
         never = [family for family, row in self.tally.items() if row["done"] > 12 and not row["sparse"]]
         if never:
             self.broken.append(f"{', '.join(never)} ran and never made a sparse call")
-        warm = [held for held in self.held if held.seconds >= WARM_UP * 60 * self.minutes]
+        warm = [held for held in self.held if held.seconds >= self.warm_s]
         if len(warm) < JUDGED:
             print(f"  Memory is not judged: {len(warm)} looks after the warm-up, and {JUDGED} are needed.")
             return

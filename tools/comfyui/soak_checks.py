@@ -45,6 +45,8 @@ def check(plan: Plan, ended: Ended, per_call: int, is_new: bool) -> None:
         raise Broken(f"a prompt failed: {ended.error}")
     if ended.how == "interrupted" and plan.interrupt_at is None:
         raise Broken("a prompt was interrupted that nobody interrupted")
+    if not plan.sparge:
+        return
     by_node = {name: [run for run in ended.runs if run["node"] == name] for name in NODES[: len(plan.sparge)]}
     if ended.how == "done":
         check_counts(plan, by_node, ended.counted, per_call)

@@ -28,6 +28,7 @@ SETTINGS = {
     "token_order": ("auto", "tiles", "hilbert"),
     "compensate": (False, True),
 }
+COMPILED = {"family": ("wan_t2v", "qwen_image"), "scale": (0.6, 1.0)}  # few shapes: every new one is compiled, which takes most of a minute
 FORMATS = ("none", "none", "none", "png, html", "json, csv", "webp")
 
 
@@ -43,7 +44,7 @@ class Plan:
     cfg: float
     sampler: str
     seed: int
-    sparge: tuple[dict, ...]  # the settings of one node or two
+    sparge: tuple[dict, ...]  # the settings of one node or two; none: a run without the pack, as before somebody puts it in
     monitor: bool
     measure: bool
     formats: str
@@ -101,7 +102,7 @@ def new_plan(chance: random.Random, tag: str, mix: Mix) -> Plan:
         cfg=chance.choice((1.0, 4.0)),
         sampler=chance.choice(SAMPLERS),
         seed=chance.randrange(1 << 32),
-        sparge=(settings(),) if chance.random() < 0.7 else (settings(), settings()),
+        sparge=tuple(settings() for _ in range(chance.choice((0, 1, 1, 1, 1, 1, 2, 2)))),
         monitor=chance.random() < 0.7,
         measure=one_in(2),
         formats=chance.choice(FORMATS),
@@ -110,7 +111,24 @@ def new_plan(chance: random.Random, tag: str, mix: Mix) -> Plan:
         fail_at=chance.randrange(1, 12),
         compiled=chance.choice(("before", "behind")) if mix.compiled and not fails and one_in(mix.compiled) else "",
     )
+    if not plan.sparge:
+        plan = replace(plan, monitor=False)
+    if plan.compiled:
+        return replace(plan, batch=1, cfg=1.0, **{name: chance.choice(values) for name, values in COMPILED.items()})
     return plan if fails or not one_in(6) else replace(plan, interrupt_at=chance.randrange(plan.steps))
+
+
+def first_plans(mix: Mix) -> list[Plan]:
+    """Everything once that the server loads, compiles or caches when it is first needed: what memory is compared with comes after these."""
+    settings = ({"preset": "off", "topk": 0.3, "min_tokens": 0},)
+    first = Plan("first", mix.families[0], 1.0, 2, 3, 4.0, "heun", 1, settings, True, True, "all")
+    plans = [replace(first, family=family, tag=f"first {family}") for family in mix.families]
+    plans += [replace(first, tag="first stopped", interrupt_at=1), replace(first, tag="first failed", behind="fail", fail_at=5)]
+    for scale in COMPILED["scale"] if mix.compiled else ():
+        for family in COMPILED["family"]:
+            bare = Plan(f"bare {family} {scale}", family, scale, 1, 2, 1.0, "euler", 1, (), False, False, "none", compiled="behind")
+            plans += [bare, replace(bare, tag=f"compiled {family} {scale}", sparge=settings, monitor=True)]
+    return plans
 
 
 def again(plan: Plan, chance: random.Random) -> Plan:
