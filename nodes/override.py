@@ -19,9 +19,6 @@ from .settings import Rule, Settings, layer_listed
 
 SHORT_TEXT = 1024
 TILES_BELOW = 0.15  # density up to which compact blocks beat row-major ones on small trained models (docs/design/decisions.md)
-DENSE_AT_TOPK_1 = True
-"""Whether topk 1 is a dense run to compare with. Tests switch it off: then everything kept goes through the kernels, which must change nothing."""
-
 _numbers = itertools.count(1)
 
 
@@ -221,7 +218,7 @@ def decide(request: Request, call: CallContext) -> Dense | Sparse:
     if request.s_q != request.s_k and (request.s_k <= SHORT_TEXT or request.s_k == call.model_call.context_tokens):
         return Dense(None, reasons.CROSS_ATTENTION.format(keys=request.s_k))
     layer = call.next_layer(tokens, request.options)
-    if settings.is_reference and DENSE_AT_TOPK_1:
+    if settings.is_reference:
         return Dense(layer, reasons.REFERENCE)
     no = _unfit(request, settings)
     if no is not None:
@@ -242,7 +239,7 @@ def decide(request: Request, call: CallContext) -> Dense | Sparse:
     if no is not None:
         return Dense(layer, no)
     rule = settings.rule(run, layer)
-    if rule is None or (rule.keeps_all and DENSE_AT_TOPK_1):
+    if rule is None or rule.is_dense:
         return Dense(layer, reasons.POLICY_DENSE)
     if request.s_q != request.s_k:
         return Sparse(layer, rule, key_mask)

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from . import _kernels, presets, reasons
 
+DENSE_AT_TOPK_1 = True
+"""Whether topk 1 is dense attention. Tests switch it off: then everything kept goes through the kernels, which must change nothing."""
+
 
 @dataclass(frozen=True, eq=False)
 class Rule:
@@ -28,9 +31,9 @@ class Rule:
     compensate: bool
 
     @property
-    def keeps_all(self) -> bool:
+    def is_dense(self) -> bool:
         """Whether topk is 1, for all heads alike."""
-        return isinstance(self.topk, float | int) and self.topk >= 1
+        return DENSE_AT_TOPK_1 and not isinstance(self.topk, Tensor) and self.topk >= 1
 
 
 class Limits(NamedTuple):
@@ -109,7 +112,7 @@ class Settings:
     @property
     def is_reference(self) -> bool:
         """Whether every call is to stay dense: topk is 1, and no policy says otherwise."""
-        return self.policy is None and self.topk >= 1
+        return DENSE_AT_TOPK_1 and self.policy is None and self.topk >= 1
 
     def shown(self) -> dict:
         """The values in force by the inputs' names, for reports; `preset` is the label of the row in force, topk text with a policy."""

@@ -99,7 +99,7 @@ def patched(nodes):
 @pytest.fixture
 def everything_kept(node_modules, monkeypatch):
     """topk 1 goes through the kernels with all blocks kept, where users get a dense run: what comes out must be what dense attention gives."""
-    monkeypatch.setattr(node_modules.override, "DENSE_AT_TOPK_1", False)
+    monkeypatch.setattr(node_modules.settings, "DENSE_AT_TOPK_1", False)
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def case(comfy, node_modules, reference, request):
     recorder = comfy_models.Recorder()
     dense = comfy_models.sample(model, recorder.install(model.patcher), steps=STEPS)
     with pytest.MonkeyPatch.context() as patching:  # topk 1 is a dense run to users; here everything kept goes through the kernels
-        patching.setattr(node_modules.override, "DENSE_AT_TOPK_1", False)
+        patching.setattr(node_modules.settings, "DENSE_AT_TOPK_1", False)
         exact, exact_run = sampled(topk=1.0)
     sparse, run = sampled(topk=0.3)
     found = Case(model, dense, exact, sparse, exact_run, run, len(recorder.model_calls))
