@@ -55,7 +55,7 @@ def load_pack():
     spec = importlib.util.spec_from_file_location(NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     module = sys.modules[NAME] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return [importlib.import_module(f"{NAME}.nodes.{name}") for name in ("_kernels", "monitor", "patch", "telemetry", "transport")]
+    return [importlib.import_module(f"{NAME}.nodes.{name}") for name in ("_comfy", "_kernels", "monitor", "patch", "telemetry", "transport")]
 
 
 def main() -> None:
@@ -73,7 +73,8 @@ def main() -> None:
     import demo_model
     import torch
 
-    kernels, monitor, patch, telemetry, transport = load_pack()
+    own_comfy, kernels, monitor, patch, telemetry, transport = load_pack()
+    own_comfy.user_folder = lambda: None  # else what was measured there could leave calls dense
     with tempfile.TemporaryDirectory() as folder:
         model = comfy.sd.load_diffusion_model(str(demo_model.write_demo_model(Path(folder) / "demo.safetensors")))
     latent = torch.zeros(1, 16, options.frames, 40, 52)

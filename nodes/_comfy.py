@@ -171,6 +171,12 @@ def _handler(server, path: str):
     return handle
 
 
+def user_folder() -> Path | None:
+    """ComfyUI's folder for what users keep between sessions, or None in a version without one."""
+    get = getattr(folder_paths, "get_user_directory", None)
+    return None if get is None else Path(get())
+
+
 def refused_prefix(prefix: str) -> str | None:
     """Why files cannot be named after `prefix`, the end of a sentence that begins with the input's name; None when they can."""
     if not os.path.basename(prefix).strip():

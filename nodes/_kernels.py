@@ -7,9 +7,10 @@ from functools import lru_cache
 import torch
 
 from ..kernels import BACKEND_NAMES, AttentionInfo, BackendChoice, can_run, order
+from ..kernels import __version__ as VERSION
 from ..kernels import sparse_attention as attend
 
-__all__ = ["BACKEND_NAMES", "ORDER_KINDS", "AttentionInfo", "BackendChoice", "OrderPlan", "attend", "backend_for", "order_plan"]
+__all__ = ["BACKEND_NAMES", "ORDER_KINDS", "VERSION", "AttentionInfo", "BackendChoice", "OrderPlan", "attend", "backend_for", "order_plan"]
 
 ORDER_KINDS = order.KINDS
 OrderPlan = order.OrderPlan

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from . import _comfy, _kernels, geometry, reasons
 from .maps import Pooled
-from .recorder import Run, Timed, Timer
+from .recorder import Run, Timed, Timer, check_device
 from .run_state import CallContext
 from .settings import Rule, Settings, layer_listed
+from .speedup import CallKind, name_of
 
 SHORT_TEXT = 1024
 TILES_BELOW = 0.15  # density up to which compact blocks beat row-major ones on small trained models (docs/design/decisions.md)
@@ -100,21 +101,21 @@ class AttentionOverride:
             return (self.previous or _plain)(func, *args, **kwargs)
         if call.depth:  # an override below ours called us again: this call is decided already
             return self._earlier(call, func, args, kwargs)
+        run = call.run.telemetry
         with ExitStack() as paused:  # a dense call is ComfyUI's, and recorded as it always is
-            decision = _not_now(request, call, paused) or decide(request, call)
+            decision = _not_now(request, call, paused) or self._paced(decide(request, call), request, call)
             if isinstance(decision, Sparse):
                 out, timed = self._sparse(request, call, decision)
-        run = call.run.telemetry
+                if run.wants_dense(timed):  # not recorded either: no other block allocates what this one does then
+                    _time_dense(run, timed, request.q.device, lambda: self._instead(call, func, args, kwargs))
         if isinstance(decision, Dense):
             timer = None if decision.layer is None else Timer(request.q.device)
             out = self._earlier(call, func, args, kwargs)
-            timed = Timed(call.run.step, decision.layer, request.s_q, None if timer is None else timer.stop())
-            run.dense(timed, decision.reason, plain=call.adopted is self.previous is None)
+            kind = self._kind(request, call) if timer is not None and _answers_for_sparse(request, call) else None
+            run.dense(Timed(call.step, decision.layer, request.s_q, None if timer is None else timer.stop(), kind), decision.reason)
             return out
         for other in call.below:
             other.answered_above(request.s_q, request.options)
-        if timed.shape is not None and run.wants_dense(timed.shape):
-            _time_dense(run, timed, request, lambda: func(*args, **kwargs))
         return out
 
     def _sparse(self, request: Request, call: CallContext, decision: Sparse) -> tuple[Tensor, Timed]:
@@ -124,10 +125,32 @@ class AttentionOverride:
         timer = Timer(q.device)
         out, info = _kernels.attend(q, k, v, **decision.arguments(), **how)
         timer.stop()
-        shape, pooled = (request.shape, _pooled(run, info, decision)) if run.monitors else (None, None)
-        timed = Timed(call.run.step, decision.layer, request.s_q, timer, shape)
+        pooled = _pooled(run, info, decision) if run.monitors else None
+        timed = Timed(call.step, decision.layer, request.s_q, timer, self._kind(request, call))
         run.sparse(timed, {"density": info.density, "pv_skipped": info.pv_skipped}, pooled)
         return request.shaped(out), timed
+
+    def _paced(self, decision: Dense | Sparse, request: Request, call: CallContext) -> Dense | Sparse:
+        """The decision, unless it is for a call that an earlier run measured to be slower sparse."""
+        if isinstance(decision, Dense) or not call.run.pace.knows_any:
+            return decision
+        slower = call.run.pace.reason(self._kind(request, call))
+        return decision if slower is None else Dense(decision.layer, slower)
+
+    def _kind(self, request: Request, call: CallContext) -> CallKind:
+        """What the call is timed as. Nodes of ours further down are no other attention: `_instead` passes them by."""
+        if call.instead is None:
+            first = call.adopted if call.adopted is not None else self.previous
+            while isinstance(first, AttentionOverride):
+                first = first.previous
+            call.instead = name_of(first)
+        return CallKind(request.shape, request.q.dtype, request.q.device, call.instead)
+
+    def _instead(self, call: CallContext, func, args, kwargs):
+        """What would have answered the call without any Sparge Attention. None of ours finds its model call, so none decides or counts this one."""
+        options = {name: value for name, value in kwargs["transformer_options"].items() if not isinstance(value, CallContext)}
+        first = call.adopted if call.adopted is not None else self.previous
+        return (first or _plain)(func, *args, **{**kwargs, "transformer_options": options})
 
     def _earlier(self, call: CallContext, func, args, kwargs):
         """The override that was on top, once; called again from below, the one of patch time; then ComfyUI's own attention."""
@@ -144,6 +167,12 @@ def _plain(func, *args, **kwargs):
     return func(*args, **kwargs)
 
 
+def _answers_for_sparse(request: Request, call: CallContext) -> bool:
+    """Whether what answers this dense call would answer a sparse one of its shape alike: in the same precision, and by no other node of ours."""
+    full_precision = request.full_precision or request.attn_precision == torch.float32 != request.q.dtype
+    return not full_precision and not any(isinstance(value, CallContext) and value is not call for value in request.options.values())
+
+
 def _not_now(request: Request, call: CallContext, paused: ExitStack) -> Dense | None:
     """Why nothing of ours may run at this moment, whatever the call; else None, and what ComfyUI records pauses until `paused` closes."""
     if request.q.is_cuda and torch.cuda.is_current_stream_capturing():  # not even an event for the time may be recorded
@@ -158,32 +187,24 @@ def _pooled(run: Run, info: _kernels.AttentionInfo, decision: Sparse) -> Pooled 
     try:
         return Pooled(info.pooled(), info.kept.counts.shape[-1], info.kept.key_blocks, decision.place)
     except RuntimeError as error:
-        _check_device(info.kept.counts)
-        run.note = reasons.NO_MAP.format(error=type(error).__name__)
+        check_device(info.kept.counts.device)
+        run.say(reasons.NO_MAP, error=type(error).__name__)
         return None
 
 
-def _check_device(x: Tensor) -> None:
-    """Raises where a kernel has failed on the tensor's GPU: that shows in whatever comes next and must not pass for want of room there."""
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-
-
-def _time_dense(run: Run, call: Timed, request: Request, attention: Callable[[], object]) -> None:
-    """Runs ComfyUI's own attention for its time alone. Other nodes' overrides are left out: they may count their calls."""
-    cost = Timer(request.q.device)
+def _time_dense(run: Run, call: Timed, device: torch.device, attention: Callable[[], object]) -> None:
+    """Runs what would have answered a sparse call for its time alone."""
+    cost = Timer(device)
     try:
-        if request.q.is_cuda:  # a GPU loads a kernel with its first call: for short sequences that takes longer than the call
-            attention()
-        timer = Timer(request.q.device)
+        timer = Timer(device)
         attention()
         timer.stop()
     except _comfy.Interrupted:
         raise
     except Exception as error:  # no room for the dense call, or a dense backend that refuses it: the sparse one, which is the run's, went well
-        _check_device(request.q)
+        check_device(device)
         run.measures = False
-        run.note = reasons.NOT_TIMED.format(error=type(error).__name__)
+        run.say(reasons.NOT_TIMED, error=type(error).__name__)
         return
     run.measured(replace(call, timer=timer), cost.stop())
 
@@ -223,7 +244,7 @@ def decide(request: Request, call: CallContext) -> Dense | Sparse:
     no = _unfit(request, settings)
     if no is not None:
         return Dense(layer, no)
-    if not run.window.holds(run.sigma):
+    if not run.window.holds(call.sigma):
         return Dense(layer, reasons.WINDOW)
     listed = False if layer is None else layer_listed(layer, run.dense_layers, run.patch.total_layers)
     if listed is not False:

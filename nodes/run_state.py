@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import _comfy, _kernels, geometry, reasons, remarks, schedule, telemetry, transport
 from .chain import leads_to
+from .pace import Pace
 from .settings import Settings, listing_none, parse_blocks
+from .speedup import Plan
 
 logger = logging.getLogger("sparge_attention")
 
@@ -30,6 +32,10 @@ class Patch:
         self.key: str = override.key
         self.runs: list[RunState] = []  # open runs, innermost last
         self.total_layers: int | None = None
+
+    def __deepcopy__(self, memo):
+        """Nodes copy transformer_options deeply, in which our wrappers stand: every copy counts in the same run."""
+        return self
 
     @property
     def run(self) -> RunState | None:
@@ -64,10 +70,10 @@ class Patch:
         if self.run is None:
             return executor(x, t, c_concat, c_crossattn, control, options, **conds)
         sigma = options.get("sigmas")
-        self.run.at(t if sigma is None else sigma)
+        moment = self.run.at(t if sigma is None else sigma)
         model = _comfy.diffusion_model(executor.class_obj)
         context = 0 if c_crossattn is None else c_crossattn.shape[1]
-        call = CallContext(self.run, geometry.ModelCall(model, _latent_shape(x, conds), context, conds, options))
+        call = CallContext(self.run, geometry.ModelCall(model, _latent_shape(x, conds), context, conds, options), moment)
         options[self.key] = call
         found = options.get(_comfy.KEY)
         if not leads_to(found, self.override):
@@ -78,6 +84,13 @@ class Patch:
         out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
         call.finish()  # not where it failed: the last layer that it came to is not the model's last
         return out
+
+
+class Moment(NamedTuple):
+    """Where in its schedule a model call is."""
+
+    step: int
+    sigma: float
 
 
 def _latent_shape(x, conds) -> tuple[int, ...]:
@@ -129,21 +142,24 @@ class RunState:
         self.telemetry.total_layers = patch.total_layers or 0
         if self.settings.is_reference:
             self.telemetry.note = reasons.REFERENCE
+        self.pace = Pace(self.settings, self.telemetry.monitors)
+        self.telemetry.plan = Plan([step for step, sigma in enumerate(sigmas[:-1]) if self.window.holds(sigma)])
 
-    def at(self, sigma) -> None:
-        """A model call at `sigma`, a tensor with a value per batch element."""
-        self.sigma = float(sigma.max())
-        step = schedule.step_at(self.sigma, self.sigmas)
-        if step != self.step:
+    def at(self, sigma) -> Moment:
+        """A model call at `sigma`, a tensor with a value per batch element. Of threads that come to a step together the first ends the one before."""
+        highest = float(sigma.max())
+        moment = self.step, self.sigma = Moment(schedule.step_at(highest, self.sigmas), highest)
+        if self.telemetry.reach(moment.step):
             self.telemetry.end_step()
-            self.telemetry.finished = max(self.telemetry.finished, step)  # samplers go back to an earlier step, too
             transport.publish(self.telemetry)
-        self.step = step
+        return moment
 
     def close(self) -> None:
         sampled, failure = self.telemetry.state != "failed", None
         try:
             self.telemetry.close()
+            if sampled and (slower := self.pace.learn(self.telemetry.against_dense)):
+                self.telemetry.say(reasons.SLOWER_FROM_NOW, what=slower)
         except RuntimeError as error:
             failure = error
             self.telemetry.abandon(reasons.ENDED_EARLY.format(error=type(error).__name__))
@@ -174,10 +190,15 @@ class RunState:
 
 
 class CallContext:
-    """One model call: numbers its layers, finds the spans of its sequences, and guards against overrides that call each other in a circle."""
+    """One model call: numbers its layers, finds the spans of its sequences, and guards against overrides that call each other in a circle.
 
-    def __init__(self, run: RunState, model_call: geometry.ModelCall):
+    step, sigma : its own; threads that sample together are not always at the same one. instead : what answers its dense calls, by name, once asked.
+    """
+
+    def __init__(self, run: RunState, model_call: geometry.ModelCall, moment: Moment | None = None):
         self.run = run
+        self.step, self.sigma = moment or (run.step, run.sigma)
+        self.instead: str | None = None
         self.model_call = model_call
         self.depth = 0
         self.adopted = None
@@ -203,7 +224,7 @@ class CallContext:
     def answered_above(self, tokens: int, options) -> None:
         """Another node of ours has run this call of one of the model's layers, which keeps its number here."""
         self.next_layer(tokens, options)
-        self.run.telemetry.answered_above += 1
+        self.run.telemetry.count_above()
 
     def spans(self, tokens: int, options) -> geometry.Spans | None:
         key = (tokens, tuple(options.get("activations_shape") or ()))

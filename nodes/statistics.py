@@ -49,7 +49,10 @@ TABLE = (
     Statistic("sparse_calls", "calls", SUM, "sparse calls"),
     Statistic("dense_calls", "calls", SUM, "dense calls"),
     Statistic("seconds", "s", OF_RUN, "run time", On.REPORT | On.PICTURE),
-    Statistic("speedup", "times", OF_RUN, "measured speed-up"),
+    Statistic("speedup", "times", OF_RUN, "measured speed-up"),  # the median; None where the spread does not tell faster from slower
+    Statistic("speedup_low", "times", OF_RUN, "lowest measured"),
+    Statistic("speedup_high", "times", OF_RUN, "highest measured"),
+    Statistic("compared_calls", "calls", OF_RUN, "calls compared", On.REPORT | On.MONITOR),
     Statistic("saved_ms", "ms", OF_RUN, "ms saved", On.REPORT | On.MONITOR),
     Statistic("measuring_ms", "ms", OF_RUN, "ms spent measuring", On.REPORT | On.MONITOR),
 )
@@ -67,9 +70,13 @@ def of_run(on: On = On.ALL) -> list[Statistic]:
 
 
 class Sums:
-    """What some calls add up to; every name is there from the start, so that the server's thread may read while the sampler's adds."""
+    """What some calls add up to; every name is there from the start, so that the server's thread may read while the sampler's adds.
+
+    lost : sparse calls that are counted, but whose numbers never came.
+    """
 
     def __init__(self) -> None:
+        self.lost = 0
         self.of: dict[str, float] = {row.name: 0 for row in of_calls() if not row.parts}
 
     def add(self, name: str, number: float) -> None:
@@ -82,13 +89,15 @@ class Sums:
     def _number(self, row: Statistic) -> float | None:
         total = sum(self.of[name] for name in row.parts or (row.name,))
         if row.adds == MEAN:
-            return total / self.of["sparse_calls"] if self.of["sparse_calls"] else None
+            known = self.of["sparse_calls"] - self.lost
+            return total / known if known else None
         return total if row.unit == "calls" else float(total)
 
 
 def total(parts: Iterable[Sums]) -> Sums:
     """The sums of all the parts together."""
     parts, whole = list(parts), Sums()
+    whole.lost = sum(part.lost for part in parts)
     for name in whole.of:
         whole.of[name] = sum(part.of[name] for part in parts)
     return whole

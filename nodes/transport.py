@@ -55,6 +55,7 @@ def message(run: Run, cells: Mapping[maps.At, Cell]) -> dict:
         "reasons": [[reason, count] for reason, count in run.reasons.copy().most_common(MAX_REASONS)],
         "warning": warning,
         "note": note,
+        "compared_with": run.against_dense.instead(),
         "totals": _rounded(run.totals(On.MONITOR)),
     }
 

@@ -24,6 +24,7 @@ MODULES = (
     "maps",
     "monitor",
     "override",
+    "pace",
     "patch",
     "pictures.animation",
     "pictures.block_maps",
@@ -37,6 +38,7 @@ MODULES = (
     "run_state",
     "schedule",
     "settings",
+    "speedup",
     "statistics",
     "telemetry",
     "transport",
@@ -60,8 +62,9 @@ def node_modules(pack):
 
 
 @pytest.fixture
-def nodes(node_modules):
-    """The node modules, with an empty store of runs."""
+def nodes(node_modules, monkeypatch):
+    """The node modules, with an empty store of runs and no user folder: what one test measures decides nothing in another."""
+    monkeypatch.setattr(node_modules._comfy, "user_folder", lambda: None)
     runs = node_modules.telemetry.runs
     for kept in (runs.running, runs.closed, runs.unpatched, runs._shown):
         kept.clear()

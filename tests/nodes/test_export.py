@@ -36,7 +36,7 @@ def make_run(steps: int = 3, layers: int = 4, heads: int = 2, number: int = 7, *
         for s in range(steps) for i in range(layers)
     ]  # fmt: skip
     totals = {"sparse_calls": 16, "dense_calls": 5, "density": 1 / 3, "pv_skipped": 0.0, "sparse_ms": 8.8 / 3, "dense_ms": 22 / 3, "seconds": 1.5,
-              "speedup": None, "saved_ms": -2 / 3, "measuring_ms": 0.0}  # fmt: skip
+              "speedup": None, "speedup_low": 0.9, "speedup_high": 4 / 3, "compared_calls": 5, "saved_ms": -2 / 3, "measuring_ms": 0.0}  # fmt: skip
     steps_of = [
         {"step": s, "sparse_calls": 0 if s == 0 else 2 * layers, "dense_calls": layers if s == 0 else 1, "density": None if s == 0 else s / 11,
          "pv_skipped": None if s == 0 else s / 13, "sparse_ms": s / 17, "dense_ms": s / 19, "reasons": {}}

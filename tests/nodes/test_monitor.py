@@ -10,8 +10,8 @@ import torch
 
 COLUMNS = ["density", "pv_skipped", "ms", "sparse_calls", "dense_calls"]
 KEYS = {"version", "run", "monitors", "state", "step", "steps", "layers", "heads", "tokens", "columns", "cells", "step_totals", "reasons", "warning",
-        "note", "totals"}  # fmt: skip
-TOTALS = {*COLUMNS, "speedup", "saved_ms", "measuring_ms"}
+        "note", "compared_with", "totals"}  # fmt: skip
+TOTALS = {*COLUMNS, "speedup", "speedup_low", "speedup_high", "compared_calls", "saved_ms", "measuring_ms"}
 
 
 @pytest.fixture
@@ -47,34 +47,6 @@ def test_messages_of_a_run(nodes, tiny, patched, watched, browser, last_run):
     for name, value in last["totals"].items():
         assert value == pytest.approx(run["totals"][name], abs=1e-4), name
     assert last["warning"] is last["note"] is None
-
-
-def test_measuring(nodes, tiny, patched, watched, browser, last_run):
-    """One extra dense call per shape and run; the totals say what it took and whether it paid."""
-    model = tiny("wan_t2v")
-    comfy_models.sample(model, watched(patched(model), "7", measures=True), steps=2)
-    run, totals = nodes.telemetry.runs.closed[-1], last_run()["totals"]
-    (dense_ms,) = run.against_dense._dense_by_shape.values()
-    assert totals["measuring_ms"] >= dense_ms > 0
-    assert totals["speedup"] == pytest.approx(dense_ms / (totals["sparse_ms"] / 4))
-    assert totals["saved_ms"] == pytest.approx(4 * dense_ms - totals["sparse_ms"] - totals["measuring_ms"])
-    assert (totals["sparse_calls"], totals["dense_calls"], totals["dense_ms"]) == (4, 4, 0)  # the extra call is nobody's
-
-
-@pytest.mark.parametrize("measures", [True, False])
-def test_the_extra_call_is_made_once_and_by_comfyui(nodes, tiny, patched, watched, passing, computed, browser, measures):
-    """Another node's override below ours does not see it: it may count, or change what it sees."""
-    model, earlier = tiny("wan_t2v"), passing()
-    base = model.patcher.clone()
-    base.model_options["transformer_options"]["optimized_attention_override"] = earlier
-    patcher = watched(patched(base), "7", measures=measures)
-    for _ in range(2):
-        del computed[:], earlier.seen[:]
-        comfy_models.sample(model, patcher, steps=2)
-        # What comes past ours is the cross-attention of two blocks in two steps: 7 keys.
-        assert len(earlier.seen) == 4
-        assert len(computed) == 4 + measures
-    assert (nodes.telemetry.runs.closed[-1].totals()["measuring_ms"] > 0) == measures
 
 
 @pytest.mark.parametrize("family", ["wan_t2v", "qwen_image", "sdxl"])
@@ -120,12 +92,7 @@ def test_without_a_monitor_nothing_is_done(nodes, tiny, patched, browser, monkey
     model = tiny("wan_t2v")
     comfy_models.sample(model, patched(model), steps=2)
     run = nodes.telemetry.runs.closed[-1]
-    assert (
-        browser.sent == []
-        and run.sparse_calls == 4
-        and not (run.maps.kept or run.against_dense._sparse_by_shape or run._collected)
-        and not run.send_failed
-    )
+    assert browser.sent == [] and run.sparse_calls == 4 and not (run.maps.kept or run._collected) and not run.send_failed
 
 
 def test_no_server(tiny, patched, watched, nodes, caplog):
@@ -271,26 +238,8 @@ def test_a_dense_call_that_fails(direct, nodes, error):
         assert ours.patch.override(fail, q, k, v, 2, skip_reshape=True, transformer_options=ours.options).isfinite().all()
     run = ours.closed()
     assert len(asked) == 1 and run["totals"]["sparse_calls"] == 2 and run["totals"]["measuring_ms"] == 0
-    assert run["note"] == f"dense attention could not be timed ({type(error).__name__}), so there is no speed-up to show"
+    assert run["note"] == f"dense attention could not be timed ({type(error).__name__}), so the speed-up is missing or of fewer calls"
     assert run["totals"]["saved_ms"] is None is run["totals"]["speedup"]
-
-
-@pytest.mark.parametrize("is_cuda", [True, False], ids=["gpu", "cpu"])
-def test_the_first_dense_call_on_a_gpu_is_not_timed(nodes, monkeypatch, is_cuda):
-    """It loads the kernel."""
-    events = []
-
-    class Noted:
-        def __init__(self, device):
-            events.append("start")
-
-        def stop(self):
-            events.append("stop")
-
-    monkeypatch.setattr(nodes.override, "Timer", Noted)
-    run, request = SimpleNamespace(measured=lambda call, cost: None), SimpleNamespace(q=SimpleNamespace(device="cuda", is_cuda=is_cuda))
-    nodes.override._time_dense(run, nodes.recorder.Timed(0, 0, 300), request, lambda: events.append("call"))
-    assert events == ["start", *(["call"] if is_cuda else []), "start", "call", "stop", "stop"]  # the cost holds both
 
 
 def test_a_stop_by_the_user_in_the_dense_call_stops_the_run(direct, nodes):
@@ -302,7 +251,8 @@ def test_a_stop_by_the_user_in_the_dense_call_stops_the_run(direct, nodes):
 
     q, k, v = torch.randn(3, 1, 2, 300, 16, generator=torch.Generator().manual_seed(1))
     with pytest.raises(nodes._comfy.Interrupted):
-        ours.patch.override(stop, q, k, v, 2, skip_reshape=True, transformer_options=ours.options)
+        for _ in range(2):  # the second of a step is the first that is timed
+            ours.patch.override(stop, q, k, v, 2, skip_reshape=True, transformer_options=ours.options)
 
 
 def test_no_room_for_the_picture(direct, nodes, monkeypatch):
@@ -370,7 +320,8 @@ def test_a_kernel_failure_is_not_taken_for_want_of_room(direct, nodes, monkeypat
 
     if part == "picture":
         monkeypatch.setattr(nodes._kernels.AttentionInfo, "pooled", fail)
-    monkeypatch.setattr(nodes.override, "_check_device", fail)
+    monkeypatch.setattr(nodes.override, "check_device", fail)
     q, k, v = torch.randn(3, 1, 2, 300, 16, generator=torch.Generator().manual_seed(1))
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        ours.patch.override(fail, q, k, v, 2, skip_reshape=True, transformer_options=ours.options)
+        for _ in range(2):
+            ours.patch.override(fail, q, k, v, 2, skip_reshape=True, transformer_options=ours.options)

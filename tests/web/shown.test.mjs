@@ -43,12 +43,25 @@ test("durations", () => {
 
 const run = (totals, changes = {}) => ({ state: "running", totals: { sparse_calls: 4, ...totals }, ...changes });
 
-test("the headline says what was measured, and nothing else", () => {
-  assert.equal(headline(run({ speedup: 3.1, saved_ms: 41000 }), t), "attention 3.10x faster than dense (measured), 41 s saved so far");
-  assert.equal(headline(run({ speedup: 3.1, saved_ms: 41000 }, { state: "done" }), t), "attention 3.10x faster than dense (measured), 41 s saved");
-  assert.equal(headline(run({ speedup: 0.5, saved_ms: -2000 }), t), "attention 2.00x slower than dense (measured), 2.0 s lost so far");
-  assert.equal(headline(run({ speedup: 1.2, saved_ms: null }), t), "attention 1.20x faster than dense (measured)");
-  assert.match(headline(run({ speedup: null, saved_ms: null }), t), /not measured/);
+test("the headline says what was measured, its spread and what it is compared with", () => {
+  const measured = (speedup, speedup_low, speedup_high, more = {}) => ({ speedup, speedup_low, speedup_high, compared_calls: 5, saved_ms: null, ...more });
+  const dense = { comparedWith: "dense" };
+  const faster = measured(2.14, 1.9, 2.43, { saved_ms: 41000 });
+  assert.equal(headline(run(faster, dense), t), "attention 2.1x faster than dense (1.9 to 2.4, 5 measured calls), 41 s saved so far");
+  assert.equal(headline(run(faster, { ...dense, state: "done" }), t), "attention 2.1x faster than dense (1.9 to 2.4, 5 measured calls), 41 s saved");
+  const slower = measured(0.5, 0.4, 0.8, { saved_ms: -2000 });
+  assert.equal(headline(run(slower, dense), t), "attention 2.0x slower than dense (1.3 to 2.5, 5 measured calls), 2.0 s lost so far");
+  const other = { comparedWith: "attention_override_sage of comfyui-kjnodes" };
+  assert.equal(headline(run(measured(1.2, 1.02, 1.3), other), t),
+    "attention 1.20x faster than attention_override_sage of comfyui-kjnodes (1.02 to 1.30, 5 measured calls)");
+  assert.equal(headline(run(measured(null, 0.9, 1.3), dense), t), "attention: no clear difference from dense (0.9 to 1.3x, 5 measured calls)");
+  assert.equal(headline(run(measured(null, 0.98, 1.02), dense), t), "attention: no clear difference from dense (0.98 to 1.02x, 5 measured calls)");
+  assert.equal(headline(run(measured(null, 0.04, 2), dense), t), "attention: no clear difference from dense (0.04 to 2.00x, 5 measured calls)");
+  const few = { speedup: null, speedup_low: null, speedup_high: null, compared_calls: 2, saved_ms: null };
+  assert.equal(headline(run(few, dense), t), "speed-up: too few calls to compare with dense (2 measured)");
+  assert.equal(headline(run({ ...few, compared_calls: 0 }), t), "speed-up: not measured so far");
+  assert.match(headline(run({}, { state: "done" }), t), /not measured \(needs measure_dense/);
+  assert.match(headline(run(faster, dense), translator("zh")), /^注意力比稠密快 2.1 倍（1.9 至 2.4，实测 5 次调用）/);
   assert.equal(headline(run({ sparse_calls: 0, speedup: 2 }), t), "no sparse call so far");
   assert.equal(headline(run({ sparse_calls: 0 }, { state: "done" }), t), "nothing ran sparse");
 });

@@ -128,6 +128,10 @@ class ComfyServer:
         self.kept_log = ""
         for folder in ("custom_nodes", "input", "output", "temp", "user/default", *(f"models/{name}" for name in MODEL_FOLDERS)):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
+        pace = self.base / "user" / "sparge_attention" / "pace.json"
+        if not pace.exists():  # else what one prompt measures on a busy machine could leave the next one's calls dense
+            pace.parent.mkdir(exist_ok=True)
+            pace.write_text(json.dumps({"version": 1, "off": True}), encoding="utf-8")
 
     @property
     def url(self) -> str:

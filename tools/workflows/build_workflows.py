@@ -478,7 +478,7 @@ Draws while the sampler runs; it changes no picture.
 - The **heat map** has a column a step and a row a layer, from dark (little kept) to yellow (all); grey stayed dense. Buttons choose what is shown.
 - **Click a cell**: which blocks that layer kept, and the same over the frames of the video. Escape closes it, arrow keys move.
 - The **list of reasons** says what stayed dense, and why.
-- **measure_dense**: runs one call of each size densely as well, so that the speed-up is a measured one. Off saves that time."""
+- **measure_dense**: runs a few calls of each size densely as well, so that the speed-up is measured. Off saves that time."""
 
 TOUR_REPORT = """## 3. Sparge Report
 Waits for the sampler and keeps what the monitor showed: the heat map, a page that opens offline and an animation step by step, all in the output \

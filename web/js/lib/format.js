@@ -30,17 +30,28 @@ export function numberText(unit, value, t) {
   return unit === "share" ? share(value) : integer(value, t);
 }
 
-/** How much faster than dense, measured; or slower, or that it was not measured. */
+/** How sparse attention compares with what would have run instead, measured; or that this is not known. */
 export function headline(run, t) {
-  const { speedup, saved_ms: saved } = run.totals;
+  const { saved_ms: saved } = run.totals;
   if (!run.totals.sparse_calls) return t(run.state === "running" ? "nothingYet" : "nothingSparse");
-  if (!isNumber(speedup) || speedup <= 0) return t("notMeasured");
-  const faster = speedup >= 1;
-  const factor = (faster ? speedup : 1 / speedup).toFixed(Math.max(speedup, 1 / speedup) < 10 ? 2 : 1);
-  const text = t(faster ? "faster" : "slower", { factor });
+  const text = comparison(run, t);
   if (!isNumber(saved)) return text;
   const kind = saved >= 0 ? "saved" : "lost";
   return t("joined", { first: text, second: t(run.state === "running" ? `${kind}SoFar` : kind, { time: duration(Math.abs(saved), t) }) });
+}
+
+// The same sentences as `remarks.compared` in Python, which writes them on the node and into the log.
+function comparison(run, t) {
+  const { speedup, speedup_low: low, speedup_high: high, compared_calls: n } = run.totals;
+  if (!isNumber(n) || n <= 0) return t(run.state === "running" ? "notMeasuredYet" : "notMeasured");
+  const what = run.comparedWith === "dense" || !run.comparedWith ? t("dense") : run.comparedWith;
+  const isSpread = isNumber(low) && isNumber(high) && low > 0;
+  if (!isSpread) return t("tooFew", { what, n });
+  const written = (values, digits) => Object.fromEntries(Object.entries(values).map(([name, value]) => [name, value.toFixed(digits)]));
+  if (!isNumber(speedup) || speedup <= 0) return t("noDifference", { what, n, ...written({ low, high }, high - low < 0.1 || low < 0.1 ? 2 : 1) });
+  const isFaster = speedup >= 1;
+  const values = isFaster ? { factor: speedup, low, high } : { factor: 1 / speedup, low: 1 / high, high: 1 / low };
+  return t(isFaster ? "faster" : "slower", { what, n, ...written(values, values.low < 1.1 ? 2 : 1) });
 }
 
 export function progress(run, t) {

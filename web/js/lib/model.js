@@ -58,7 +58,8 @@ function isMessage(message) {
 
 function emptyRun(message) {
   return {
-    number: message.run, state: "running", step: 0, steps: 0, layers: 0, heads: 0, tokens: 0, reasons: [], warning: null, note: null, totals: {},
+    number: message.run, state: "running", step: 0, steps: 0, layers: 0, heads: 0, tokens: 0, reasons: [], warning: null, note: null, comparedWith: null,
+    totals: {},
     revision: 0, columns: message.columns.filter(({ unit }) => unit !== "index"), cells: {}, stepTotals: {},
   };
 }
@@ -100,7 +101,7 @@ function header(message) {
     state: FINAL.has(message.state) ? message.state : "running",
     step: count(message.step), heads: count(message.heads), tokens: count(message.tokens),
     reasons: (Array.isArray(message.reasons) ? message.reasons : []).filter(Array.isArray).map(([text, n]) => [String(text), count(n)]),
-    warning: sentence(message.warning), note: sentence(message.note),
+    warning: sentence(message.warning), note: sentence(message.note), comparedWith: sentence(message.compared_with),
     totals: typeof message.totals === "object" && message.totals ? { ...message.totals } : {},
   };
 }

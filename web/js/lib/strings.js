@@ -24,9 +24,24 @@ export const STRINGS = {
   runs: { en: "Run to show", zh: "要显示的运行" },
   nothingYet: { en: "no sparse call so far", zh: "目前没有稀疏调用" },
   nothingSparse: { en: "nothing ran sparse", zh: "没有任何稀疏调用" },
-  notMeasured: { en: "speed-up: not measured (needs a dense call of the same length in the run)", zh: "加速比：未测量（同一次运行中需要有相同长度的稠密调用）" },
-  faster: { en: "attention {factor}x faster than dense (measured)", zh: "注意力比稠密快 {factor} 倍（实测）" },
-  slower: { en: "attention {factor}x slower than dense (measured)", zh: "注意力比稠密慢 {factor} 倍（实测）" },
+  notMeasured: {
+    en: "speed-up: not measured (needs measure_dense, or 3 dense steps of the same size)",
+    zh: "加速比：未测量（需要打开 measure_dense，或有 3 个相同大小的稠密步）",
+  },
+  notMeasuredYet: { en: "speed-up: not measured so far", zh: "加速比：尚未测量" },
+  tooFew: { en: "speed-up: too few calls to compare with {what} ({n} measured)", zh: "加速比：可与{what}比较的调用太少（实测 {n} 次）" },
+  noDifference: {
+    en: "attention: no clear difference from {what} ({low} to {high}x, {n} measured calls)",
+    zh: "注意力：与{what}没有明显差别（{low} 至 {high} 倍，实测 {n} 次调用）",
+  },
+  faster: {
+    en: "attention {factor}x faster than {what} ({low} to {high}, {n} measured calls)",
+    zh: "注意力比{what}快 {factor} 倍（{low} 至 {high}，实测 {n} 次调用）",
+  },
+  slower: {
+    en: "attention {factor}x slower than {what} ({low} to {high}, {n} measured calls)",
+    zh: "注意力比{what}慢 {factor} 倍（{low} 至 {high}，实测 {n} 次调用）",
+  },
   saved: { en: "{time} saved", zh: "节省 {time}" },
   savedSoFar: { en: "{time} saved so far", zh: "目前节省 {time}" },
   lost: { en: "{time} lost", zh: "多用 {time}" },
