@@ -187,8 +187,24 @@ def user_folder() -> Path | None:
     return None if get is None else Path(get())
 
 
-def output_path(prefix: str, extension: str) -> tuple[str, dict]:
-    """A new file in ComfyUI's output folder, and how the browser is told about it."""
+def refused_prefix(prefix: str) -> str | None:
+    """Why files cannot be named after `prefix`, the end of a sentence that begins with the input's name; None when they can."""
+    if not os.path.basename(prefix).strip():
+        return f"must end with a name for the files, got {prefix!r}; write a subfolder and a name, such as sparge/report"
+    root = os.path.abspath(folder_paths.get_output_directory())
+    path = os.path.abspath(os.path.join(root, prefix))
+    try:
+        inside = path != root == os.path.commonpath([root, path])
+    except ValueError:  # another drive
+        inside = False
+    return None if inside else f"must stay inside ComfyUI's output folder, got {prefix!r}; leave out '..' and what stands before the subfolder"
+
+
+def output_path(prefix: str) -> tuple[str, dict]:
+    """The path of a new file in ComfyUI's output folder, without its ending, and how the browser is told about it.
+
+    prefix : subfolder and name as ComfyUI's save nodes take them, %year% and the like filled in; the next free number follows it.
+    """
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
-    file = f"{name}_{counter:05}_.{extension}"
+    file = f"{name}_{counter:05}_"
     return os.path.join(folder, file), {"filename": file, "subfolder": subfolder, "type": "output"}
