@@ -19,8 +19,8 @@ logger = logging.getLogger("sparge_attention")
 class Patch:
     """One SpargeAttention node on one model; shared by all clones of that model.
 
-    settings : the node's; node : its id in the graph, or None; override : the `AttentionOverride` on the model, which knows of no run by itself: it
-    finds the model call that it is in under its `key` in transformer_options.
+    settings : the node's; node : its name (`_comfy.name_of`), or None; override : the `AttentionOverride` on the model, which knows of no run by
+    itself: it finds the model call that it is in under its `key` in transformer_options.
     """
 
     def __init__(self, settings: Settings, node: str | None, override: Any):
@@ -118,6 +118,7 @@ class RunState:
             },
         )
         self.telemetry.total_layers = patch.total_layers or 0
+        self.telemetry.clients = _comfy.clients()
 
     def at(self, sigma) -> None:
         """A model call at `sigma`, a tensor with a value per batch element."""
@@ -153,7 +154,7 @@ class RunState:
         said = remarks.summary(self.telemetry), self.window.dense_steps(self.sigmas), self.settings.preset_line(self.few_steps)
         summary = "; ".join(part for part in said if part)
         logger.info("Sparge Attention, run %d: %s", self.telemetry.number, summary)
-        _comfy.show_text(self.patch.node, summary)
+        transport.show(self.patch.node, summary, self.telemetry.clients)
         if failure is not None and sampled:  # else the sampler's own error is on its way, and is the one to see
             raise failure
 
