@@ -378,6 +378,7 @@ def test_a_node_that_is_copied_keeps_its_values(stocked):
     copied = stocked.page.evaluate("""(() => {
       const node = app.graph._nodes.find((found) => found.type === "SpargeAttention");
       const other = node.clone();
+      app.graph.add(other);
       return [node, other].map((found) => found.widgets.map((widget) => [widget.name, widget.value]));
     })()""")
     node, other = map(dict, copied)

@@ -40,6 +40,7 @@ export class Panels {
     panel.serialize = false; // the one above is about prompts
     node.setSize([Math.max(node.size[0], size[0]), Math.max(node.size[1], size[1])]);
     const enter = () => {
+      if (widget && this.isTaken(widget.value, node)) widget.value = newId();
       this.views.set(node, view);
       view.attach();
       this.ask(view);
@@ -72,7 +73,8 @@ export class Panels {
   }
 
   // Once for each node. A file gives the node back the one that it was saved with. A copy is another node: it comes without the number of the one
-  // that it was made from; the inner nodes of a copied subgraph have theirs, and are known by the id of another node that is there.
+  // that it was made from. Inner nodes of a copied subgraph have theirs, and so have the newest front ends' clones until they come into the graph:
+  // they are known by the id of another node that is there.
   giveId(node, widget) {
     hide(node, widget);
     widget.value = newId();
