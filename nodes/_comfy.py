@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 import sys
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import comfy.model_management
@@ -33,6 +35,7 @@ TEXTS = Path(__file__).resolve().parents[1] / "locales" / "en" / "nodeDefs.json"
 """What people read of the nodes and of their inputs and outputs, in English; the browser takes other languages from its neighbours."""
 
 WRAPPERS = comfy.patcher_extension.WrappersMP
+CALLBACKS = comfy.patcher_extension.CallbacksMP
 Interrupted = comfy.model_management.InterruptProcessingException
 """What ends a run that the user stops."""
 
@@ -48,6 +51,29 @@ def schema(node: str, inputs: list, outputs: list, **more) -> io.Schema:
     return io.Schema(node_id=node, category="model_patches/sparge", inputs=inputs, outputs=outputs, hidden=[io.Hidden.unique_id], **said, **more)
 
 
+def pause_malloc_graph(until: ExitStack) -> str | None:
+    """Stops ComfyUI from recording this thread's allocations until `until` closes; why it cannot be stopped, or None.
+
+    Since 0.36 some models record what a block allocates, to do it again by themselves for every block. What is allocated then and outlives its block
+    aborts the process, which nobody can catch. The pause came with 0.37.
+    """
+    prefetch = sys.modules.get("comfy.model_prefetch")  # models that record have imported it
+    pause = getattr(prefetch, "pause_malloc_graph", None)
+    if pause is None:
+        return "this version cannot" if _records(prefetch) else None
+    try:
+        until.enter_context(pause())
+    except Exception as error:
+        return type(error).__name__
+    return None
+
+
+def _records(prefetch) -> bool:
+    graphs = getattr(prefetch, "MALLOC_GRAPHS", None) or getattr(prefetch, "ACTIVE_MALLOC_GRAPHS", {})
+    graph = graphs.get(threading.get_ident())
+    return graph is not None and getattr(graph, "_comfy_active", True)
+
+
 def check_model(model: object) -> None:
     if not hasattr(model, "model_options"):
         raise ValueError(f"model must be a ComfyUI model, got {model!r}; connect a loader's MODEL output")
@@ -55,6 +81,10 @@ def check_model(model: object) -> None:
 
 def add_wrapper(model, kind: str, key: str, function) -> None:
     model.add_wrapper_with_key(kind, key, function)
+
+
+def add_callback(model, kind: str, key: str, function) -> None:
+    model.add_callback_with_key(kind, key, function)
 
 
 def wrappers_of(model, kind: str) -> list:

@@ -100,7 +100,7 @@ def _run_section(run: dict, maps: list[LayerMaps], rows: int) -> str:
     sizes = " · ".join(f"{run[key]:,} {key}" for key in ("steps", "layers", "heads", "tokens"))
     parts = [
         f'<section>\n<h2>Run {run["run"]}</h2>\n<p class="faded">{escape(metadata)}<br>{escape(sizes)}</p>',
-        f'<p class="note">{escape(run["note"])}</p>' if run["note"] else "",
+        *(f'<p class="note">{escape(said)}</p>' for said in (run["warning"], run["note"]) if said),
         _totals(run["totals"]),
         _map(run) if run["cells"] else "",
         f'<div class="columns">{_reasons(run["reasons"])}{_settings(run.get("settings") or {})}</div>',

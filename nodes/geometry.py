@@ -236,6 +236,18 @@ def grid_tokens(family: Family | None, call: ModelCall) -> int | None:
     return sum(p.length for p in family.parts(call) if p.kind == "grid")
 
 
+def block_number(model: object, options: Mapping) -> int | None:
+    """The number of the model's block whose attention call this is, as ComfyUI says it with most models; else None.
+
+    Models of two kinds of block count each kind from 0, the single ones after the double ones here. A UNet counts the blocks of each of its levels.
+    """
+    index = options.get("block_index")
+    if type(index) is not int or "block" in options:
+        return None
+    model = getattr(model, "_orig_mod", model)
+    return index + (len(getattr(model, "double_blocks", ())) if options.get("block_type") == "single" else 0)
+
+
 def fallback_protected(tokens: int, context_tokens: int) -> tuple[tuple[int, int], ...]:
     """For a sequence that no row explains: as many tokens at either end as there is text, for the text stands at one of them."""
     if not 0 < context_tokens <= MAX_PROTECTED or 2 * context_tokens >= tokens:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +100,10 @@ class AttentionOverride:
             return (self.previous or _plain)(func, *args, **kwargs)
         if call.depth:  # an override below ours called us again: this call is decided already
             return self._earlier(call, func, args, kwargs)
-        decision = decide(request, call)
+        with ExitStack() as paused:  # a dense call is ComfyUI's, and recorded as it always is
+            decision = _not_now(request, call, paused) or decide(request, call)
+            if isinstance(decision, Sparse):
+                out, timed = self._sparse(request, call, decision)
         run = call.run.telemetry
         if isinstance(decision, Dense):
             timer = None if decision.layer is None else Timer(request.q.device)
@@ -106,17 +111,23 @@ class AttentionOverride:
             timed = Timed(call.run.step, decision.layer, request.s_q, None if timer is None else timer.stop())
             run.dense(timed, decision.reason, plain=call.adopted is self.previous is None)
             return out
-        q, k, v = request.views()
-        how = {"layout": request.layout, "scale": request.scale, "backend": call.run.settings.backend, "return_info": True}
+        for other in call.below:
+            other.answered_above(request.s_q, request.options)
+        if timed.shape is not None and run.wants_dense(timed.shape):
+            _time_dense(run, timed, request, lambda: func(*args, **kwargs))
+        return out
+
+    def _sparse(self, request: Request, call: CallContext, decision: Sparse) -> tuple[Tensor, Timed]:
+        """Runs the call through the kernels and records it."""
+        run, (q, k, v) = call.run.telemetry, request.views()
+        how: dict[str, Any] = {"layout": request.layout, "scale": request.scale, "backend": call.run.settings.backend, "return_info": True}
         timer = Timer(q.device)
         out, info = _kernels.attend(q, k, v, **decision.arguments(), **how)
         timer.stop()
         shape, pooled = (request.shape, _pooled(run, info, decision)) if run.monitors else (None, None)
         timed = Timed(call.run.step, decision.layer, request.s_q, timer, shape)
         run.sparse(timed, {"density": info.density, "pv_skipped": info.pv_skipped}, pooled)
-        if shape is not None and run.wants_dense(shape):
-            _time_dense(run, timed, request, lambda: func(*args, **kwargs))
-        return request.shaped(out)
+        return request.shaped(out), timed
 
     def _earlier(self, call: CallContext, func, args, kwargs):
         """The override that was on top, once; called again from below, the one of patch time; then ComfyUI's own attention."""
@@ -131,6 +142,15 @@ class AttentionOverride:
 
 def _plain(func, *args, **kwargs):
     return func(*args, **kwargs)
+
+
+def _not_now(request: Request, call: CallContext, paused: ExitStack) -> Dense | None:
+    """Why nothing of ours may run at this moment, whatever the call; else None, and what ComfyUI records pauses until `paused` closes."""
+    if request.q.is_cuda and torch.cuda.is_current_stream_capturing():  # not even an event for the time may be recorded
+        call.next_layer(request.s_q, request.options)
+        return Dense(None, reasons.CAPTURED)
+    why = _comfy.pause_malloc_graph(paused)
+    return None if why is None else Dense(call.next_layer(request.s_q, request.options), reasons.RECORDED.format(why=why))
 
 
 def _pooled(run: Run, info: _kernels.AttentionInfo, decision: Sparse) -> Pooled | None:
@@ -198,6 +218,8 @@ def decide(request: Request, call: CallContext) -> Dense | Sparse:
     if request.s_q != request.s_k and (request.s_k <= SHORT_TEXT or request.s_k == call.model_call.context_tokens):
         return Dense(None, reasons.CROSS_ATTENTION.format(keys=request.s_k))
     layer = call.next_layer(tokens, request.options)
+    if settings.is_reference:
+        return Dense(layer, reasons.REFERENCE)
     no = _unfit(request, settings)
     if no is not None:
         return Dense(layer, no)
@@ -217,7 +239,7 @@ def decide(request: Request, call: CallContext) -> Dense | Sparse:
     if no is not None:
         return Dense(layer, no)
     rule = settings.rule(run, layer)
-    if rule is None:
+    if rule is None or rule.is_dense:
         return Dense(layer, reasons.POLICY_DENSE)
     if request.s_q != request.s_k:
         return Sparse(layer, rule, key_mask)

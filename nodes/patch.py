@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import _comfy, _kernels, transport
+from . import _comfy, _kernels, reasons, transport
 from ._comfy import io
 from .override import AttentionOverride
 from .presets import Preset, preset_for
@@ -19,6 +19,7 @@ def install(model, settings: Settings, node: str | None = None):
     _comfy.set_attention_override(patched, patch.override)
     _comfy.add_wrapper(patched, _comfy.WRAPPERS.OUTER_SAMPLE, WRAPPER_KEY, patch.outer_sample)
     _comfy.add_wrapper(patched, _comfy.WRAPPERS.APPLY_MODEL, WRAPPER_KEY, patch.apply_model)
+    _comfy.add_callback(patched, _comfy.CALLBACKS.ON_PRE_RUN, WRAPPER_KEY, patch.pre_run)
     return patched
 
 
@@ -71,6 +72,8 @@ def _widget(name: str, row: Input):
 
 def describe(settings: Settings, device_type: str, row: Preset | None = None) -> str:
     """What the node says before the first run: the backend, what it cannot profit from, and the preset in force or on offer."""
+    if settings.is_reference:
+        return reasons.REFERENCE
     choice, preset = _kernels.backend_for(device_type, settings.backend), settings.preset_line() or _offer(settings, row)
     line = f"backend {choice.backend}" if choice.backend else f"stays dense on this device: {choice.why_not}"
     if choice.backend and not choice.skips_pv:

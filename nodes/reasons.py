@@ -21,6 +21,9 @@ MASK_PER_QUERY = "mask differs per query"
 MASK_PER_HEAD = "mask differs per head"
 MASK_SHAPE = "mask of shape {shape} is not understood"
 POLICY_DENSE = "the policy asks for dense attention here"
+REFERENCE = "topk is 1: a dense reference run"
+CAPTURED = "recorded as a CUDA graph, whose repeats no node sees"
+RECORDED = "ComfyUI records the allocations of this block and did not pause for the node ({why})"
 
 # Warnings and notes of a run that are not about a single call.
 NO_NODE = "no Sparge Attention node on this model"
@@ -29,9 +32,12 @@ REPLACED = "another node replaced the attention hook; Sparge Attention put itsel
 NOT_TIMED = "dense attention could not be timed ({error}), so there is no speed-up to show"
 FEW_STEPS = "few steps: at most the first stays dense"
 LISTS_NONE = "dense_blocks: {entries} lists none of the model's {total} layers; correct it or leave it empty"
+ANSWERED_ABOVE = "another Sparge Attention node, after this one, ran {n:,} of its calls"
 NO_MAP = "a block map could not be made for the monitor ({error})"
 
 # What is said when a whole run saw no call at all.
 NEVER_ROUTED = "ComfyUI does not route the attention of {family} through its hook, so no node can speed it up"
+STOPPED = "stopped by you"
 ENDED_EARLY = "the run ended early ({error})"
 NOTHING_SEEN = "no attention call reached this node: another node's attention patch answered them all, or the model has none"
+SECOND_MODEL = "not used: the guider runs this model second, with the nodes of its first model; put Sparge Attention on the first one"

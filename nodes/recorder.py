@@ -127,6 +127,7 @@ class Run:
         self.outside = Cell()  # the calls of no numbered layer
         self.reasons: Counter = Counter()
         self.calls = 0
+        self.answered_above = 0  # calls that another node of ours ran, not counted in `calls`
         self.sparse_calls = 0  # sparse calls, also those whose numbers have not arrived
         self.heads = 0
         self.tokens = 0
@@ -317,6 +318,7 @@ class Run:
                 for step, cells in self.cells_of(range(self.steps)).items()
             ],
             "reasons": dict(self.reasons.most_common()),
+            "warning": self.warning,
             "note": self.note,
             "totals": self.totals(On.REPORT),
         }

@@ -10,6 +10,10 @@ CROSS = reasons.CROSS_ATTENTION.split("{")[0]
 
 def summary(run: Run) -> str:
     """One line for the log and the node."""
+    return "; ".join(part for part in (_counts(run), run.warning) if part)
+
+
+def _counts(run: Run) -> str:
     totals = run.totals()
     if run.note and not totals["sparse_calls"]:
         return run.note
@@ -27,9 +31,9 @@ def warning_and_note(run: Run) -> tuple[str | None, str | None]:
     """What the monitor shows about a run: a warning that something is wrong, and a note that is none.
 
     A run without a sparse call gets a warning, once a step has ended. While it goes on it gets none where a reason is there that passes: the step
-    window has not begun, or the layers are being counted.
+    window has not begun, or the layers are being counted. Nor does one whose calls another node of ours runs, or that is meant to be dense.
     """
-    if run.sparse_calls or run.warning == reasons.NO_NODE:
+    if run.sparse_calls or run.answered_above or run.warning == reasons.NO_NODE or run.note == reasons.REFERENCE:
         return run.warning, run.note
     if run.state == "done" and run.note is not None:
         return run.note, None  # NEVER_ROUTED, NOTHING_SEEN

@@ -43,12 +43,20 @@ class Patch:
         try:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         except BaseException as error:
-            state.telemetry.note = reasons.ENDED_EARLY.format(error=type(error).__name__)
+            stopped = isinstance(error, _comfy.Interrupted)
+            state.telemetry.note = reasons.STOPPED if stopped else reasons.ENDED_EARLY.format(error=type(error).__name__)
             state.telemetry.state = "failed"
             raise
         finally:
             self.runs.remove(state)
             state.close()
+
+    def pre_run(self, patcher) -> None:
+        """ComfyUI calls this for a model that it is going to sample. Of a guider's two models the first one's wrappers alone are called: the second
+        has no run of ours then."""
+        if self.run is None:
+            logger.info("Sparge Attention: %s", reasons.SECOND_MODEL)
+            transport.show(self.node, reasons.SECOND_MODEL, _comfy.clients())
 
     def apply_model(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
         """Wrapper around one model call: makes the context that the override reads, and puts the override back on top where it was replaced."""
@@ -66,6 +74,7 @@ class Patch:
             call.adopted = found
             self.run.telemetry.warning = reasons.REPLACED
             options[_comfy.KEY] = self.override
+        call.find_below()
         out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
         call.finish()  # not where it failed: the last layer that it came to is not the model's last
         return out
@@ -119,6 +128,8 @@ class RunState:
         )
         self.telemetry.total_layers = patch.total_layers or 0
         self.telemetry.clients = _comfy.clients()
+        if self.settings.is_reference:
+            self.telemetry.note = reasons.REFERENCE
 
     def at(self, sigma) -> None:
         """A model call at `sigma`, a tensor with a value per batch element."""
@@ -137,16 +148,17 @@ class RunState:
         except RuntimeError as error:
             failure = error
             self.telemetry.abandon(reasons.ENDED_EARLY.format(error=type(error).__name__))
-        if self.telemetry.note is not None:
+        if self.telemetry.state == "failed":
             pass  # it ended early, which says nothing about who answers the model's calls
         elif self.family is not None and self.family.parts is None:
             self.telemetry.note = reasons.NEVER_ROUTED.format(family=self.family.name)
         elif self.telemetry.calls == 0 and self.sigmas:
             self.telemetry.note = reasons.NOTHING_SEEN
+        if self.telemetry.answered_above:
+            self._add_note(reasons.ANSWERED_ABOVE.format(n=self.telemetry.answered_above))
         total = self.patch.total_layers
         if total and self.telemetry.sparse_calls and (entries := listing_none(self.settings.dense_blocks, total)):
-            unlisted = reasons.LISTS_NONE.format(entries=entries, total=total)
-            self.telemetry.note = "; ".join(filter(None, (self.telemetry.note, unlisted)))
+            self._add_note(reasons.LISTS_NONE.format(entries=entries, total=total))
         if self.telemetry.state == "done":
             self.telemetry.finished = self.telemetry.steps
         telemetry.runs.add(self.telemetry)
@@ -158,6 +170,9 @@ class RunState:
         if failure is not None and sampled:  # else the sampler's own error is on its way, and is the one to see
             raise failure
 
+    def _add_note(self, note: str) -> None:
+        self.telemetry.note = "; ".join(filter(None, (self.telemetry.note, note)))
+
 
 class CallContext:
     """One model call: numbers its layers, finds the spans of its sequences, and guards against overrides that call each other in a circle."""
@@ -168,7 +183,28 @@ class CallContext:
         self.depth = 0
         self.adopted = None
         self.layers = 0
+        self.below: list[CallContext] = []
+        self._unnumbered = 0
         self._spans: dict = {}
+
+    def __deepcopy__(self, memo):
+        """Nodes copy transformer_options deeply; every copy counts in the same run, and the model is not copied with it."""
+        return self
+
+    def find_below(self) -> None:
+        """Finds the other nodes of ours that get what this one leaves: their wrappers have made their contexts already."""
+        ours = self.run.patch.override
+        others = [other for other in self.model_call.options.values() if isinstance(other, CallContext) and other is not self]
+        for other in others:
+            if leads_to(other.run.patch.override.previous, ours):
+                other.below.append(self)
+            elif leads_to(ours.previous, other.run.patch.override):
+                self.below.append(other)
+
+    def answered_above(self, tokens: int, options) -> None:
+        """Another node of ours has run this call of one of the model's layers, which keeps its number here."""
+        self.next_layer(tokens, options)
+        self.run.telemetry.answered_above += 1
 
     def spans(self, tokens: int, options) -> geometry.Spans | None:
         key = (tokens, tuple(options.get("activations_shape") or ()))
@@ -177,12 +213,19 @@ class CallContext:
         return self._spans[key]
 
     def next_layer(self, tokens: int, options) -> int | None:
-        """The number of the layer whose attention call this is, in call order; None for a call that is not a layer's (a text refiner's)."""
+        """The number of the layer whose attention call this is; None for a call that is not a layer's (a text refiner's).
+
+        The number of the model's block where ComfyUI says it (`geometry.block_number`), else the place in the order of the calls.
+        """
         grid = geometry.grid_tokens(self.run.family, self._with(options))
         if grid is not None and tokens < grid and self.spans(tokens, options) is None:
             return None
-        self.layers += 1
-        return self.layers - 1
+        layer = geometry.block_number(self.model_call.model, options)
+        if layer is None:
+            layer = self._unnumbered
+            self._unnumbered += 1
+        self.layers = max(self.layers, layer + 1)
+        return layer
 
     def _with(self, options) -> geometry.ModelCall:
         return replace(self.model_call, options=options)

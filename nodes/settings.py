@@ -16,6 +16,9 @@ from torch import Tensor
 
 from . import _kernels, presets, reasons
 
+DENSE_AT_TOPK_1 = True
+"""Whether topk 1 is dense attention. Tests switch it off: then everything kept goes through the kernels, which must change nothing."""
+
 
 @dataclass(frozen=True, eq=False)
 class Rule:
@@ -26,6 +29,11 @@ class Rule:
     simthreshd1: float
     pvthreshd: float
     compensate: bool
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether topk is 1, for all heads alike."""
+        return DENSE_AT_TOPK_1 and not isinstance(self.topk, Tensor) and self.topk >= 1
 
 
 class Limits(NamedTuple):
@@ -100,6 +108,11 @@ class Settings:
         """What decides the kept blocks of layer `layer` at this point of `run`; None: dense. A policy's answer stands in for topk."""
         topk = self.topk if self.policy is None else self.policy.topk(run, layer)
         return None if topk is None else Rule(topk, self.cdfthreshd or None, self.simthreshd1, self.pvthreshd, self.compensate)
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether every call is to stay dense: topk is 1, and no policy says otherwise."""
+        return DENSE_AT_TOPK_1 and self.policy is None and self.topk >= 1
 
     def shown(self) -> dict:
         """The values in force by the inputs' names, for reports; `preset` is the label of the row in force, topk text with a policy."""

@@ -97,6 +97,12 @@ def patched(nodes):
 
 
 @pytest.fixture
+def everything_kept(node_modules, monkeypatch):
+    """topk 1 goes through the kernels with all blocks kept, where users get a dense run: what comes out must be what dense attention gives."""
+    monkeypatch.setattr(node_modules.settings, "DENSE_AT_TOPK_1", False)
+
+
+@pytest.fixture
 def last_run(nodes):
     """The last closed run as a dict."""
     return lambda: nodes.telemetry.runs.closed[-1].to_dict()

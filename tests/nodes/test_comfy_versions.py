@@ -132,7 +132,7 @@ def inputs(heads=2, tokens=200, dim=64):
 
 
 @pytest.mark.parametrize("decorator", ["the tree's", "newer"])
-def test_tensors_that_come_in_containers(direct, reference, decorator):
+def test_tensors_that_come_in_containers(direct, reference, everything_kept, decorator):
     """Where an override has no `container_function`, ComfyUI takes the tensors out; then the call is one like any other."""
     ours, container = direct(topk=1.0), container_class()
     attention = real_attention()

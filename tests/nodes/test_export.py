@@ -45,8 +45,8 @@ def make_run(steps: int = 3, layers: int = 4, heads: int = 2, number: int = 7, *
     run = {"version": 1, "step_totals": steps_of,
            "run": number, "node": "5", "model": "WanModel", "family": "Wan", "backend": "torch", "device": "cpu", "steps": steps,
            "settings": {"topk": 0.3, "dense_blocks": "", "compensate": False}, "layers": layers, "heads": heads, "tokens": 8192,
-           "sigmas": [1 - s / steps for s in range(steps + 1)], "cells": cells, "reasons": {"outside": layers, "short": 1}, "note": None,
-           "totals": totals}  # fmt: skip
+           "sigmas": [1 - s / steps for s in range(steps + 1)], "cells": cells, "reasons": {"outside": layers, "short": 1}, "warning": None,
+           "note": None, "totals": totals}  # fmt: skip
     return json.loads(json.dumps(run | changes))
 
 
@@ -159,7 +159,7 @@ def test_page_needs_nothing_else(modules):
     assert "prefers-color-scheme: dark" in text
 
 
-@pytest.mark.parametrize("field", ["model", "backend", "device", "note", "settings", "setting", "reasons", "reason of a cell"])
+@pytest.mark.parametrize("field", ["model", "backend", "device", "warning", "note", "settings", "setting", "reasons", "reason of a cell"])
 def test_data_is_text_on_the_page(modules, field):
     changes = {"settings": {HOSTILE: 1}, "setting": {"x": HOSTILE}, "reasons": {HOSTILE: 2}}.get(field, HOSTILE)
     run = make_run(**{"settings" if field == "setting" else field: changes})

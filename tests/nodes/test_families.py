@@ -114,7 +114,9 @@ def case(comfy, node_modules, reference, request):
 
     recorder = comfy_models.Recorder()
     dense = comfy_models.sample(model, recorder.install(model.patcher), steps=STEPS)
-    exact, exact_run = sampled(topk=1.0)
+    with pytest.MonkeyPatch.context() as patching:  # topk 1 is a dense run to users; here everything kept goes through the kernels
+        patching.setattr(node_modules.settings, "DENSE_AT_TOPK_1", False)
+        exact, exact_run = sampled(topk=1.0)
     sparse, run = sampled(topk=0.3)
     found = Case(model, dense, exact, sparse, exact_run, run, len(recorder.model_calls))
     if model.intercepted:
@@ -142,7 +144,8 @@ def spans(segments, *kinds) -> list[slice]:
 def test_everything_kept_is_the_unpatched_model(case):
     torch.testing.assert_close(case.exact, case.dense, rtol=1e-5, atol=1e-5)
     if case.model.intercepted:
-        assert case.exact_run["totals"]["density"] == 1.0 and case.exact_run["totals"]["sparse_calls"] > 0
+        assert case.exact_run["totals"]["density"] == 1.0
+        assert case.exact_run["totals"]["sparse_calls"] == case.run["totals"]["sparse_calls"] > 0
 
 
 @intercepted
@@ -218,12 +221,13 @@ def two_prompts(tiny, negative_tokens: int, batch: int = 1):
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(("negative", "calls_a_step"), [(7, 1), (31, 2)], ids=["batched", "apart"])
-def test_guidance(nodes, tiny, patched, last_run, reference, negative, calls_a_step, batch):
+def test_guidance(nodes, tiny, patched, last_run, reference, everything_kept, negative, calls_a_step, batch):
     model = two_prompts(tiny, negative, batch)
     recorder = comfy_models.Recorder()
     dense = comfy_models.sample(model, recorder.install(model.patcher))
     assert len(recorder.model_calls) == STEPS * calls_a_step, "the conditions are not run as this test needs them"
     torch.testing.assert_close(comfy_models.sample(model, patched(model, topk=1.0)), dense, rtol=1e-5, atol=1e-5)
+    assert last_run()["totals"]["sparse_calls"] == STEPS * calls_a_step * 2 and last_run()["reasons"] == {}
     sparse = comfy_models.sample(model, patched(model))
     run = last_run()
     assert [(c["step"], c["layer"], c["sparse_calls"]) for c in run["cells"]] == [(s, n, calls_a_step) for s in range(2) for n in range(2)]

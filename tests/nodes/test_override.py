@@ -126,14 +126,14 @@ def test_policy(nodes, direct):
 
     def topk(run, layer):
         asked.append((run.step, layer))
-        return None if layer == 0 else 1.0
+        return (None, 0.5, 1.0)[layer]
 
-    ours = direct(policy=SimpleNamespace(topk=topk))
-    for _ in range(2):
+    ours = direct(policy=SimpleNamespace(topk=topk), topk=1.0)
+    for _ in range(3):
         ours(*qkv(), H, skip_reshape=True)
-    assert asked == [(0, 0), (0, 1)] and ours.reasons() == ["the policy asks for dense attention here"]
+    assert asked == [(0, 0), (0, 1), (0, 2)] and ours.run.reasons == {"the policy asks for dense attention here": 2}
     cells = {c["layer"]: c for c in ours.closed()["cells"]}
-    assert cells[0]["dense_calls"] == 1 and cells[1]["density"] == 1.0
+    assert [cells[layer]["dense_calls"] for layer in range(3)] == [1, 0, 1] and cells[1]["density"] < 1
 
 
 def test_order_of_the_questions(nodes, direct, monkeypatch):
@@ -187,10 +187,14 @@ def test_gradients_come_before_the_window(direct):
     assert ours.reasons() == ["inputs need gradients (there is no backward)"]
 
 
+ELSEWHERE = {"CAPTURED", "RECORDED", "ANSWERED_ABOVE", "SECOND_MODEL", "STOPPED", "REFERENCE"}
+"""Of test_allocation_graph.py and test_compositions.py."""
+
+
 def test_all_reasons_are_provoked_here(nodes):
     """A reason that is added to the table needs a test here; those of monitors have theirs in test_monitor.py."""
     names = {name for name in vars(nodes.reasons) if name.isupper()}
-    assert names - {"NO_NODE", "NOTHING_SPARSE", "REPLACED", "NOT_TIMED", "NO_MAP", "FEW_STEPS", "LISTS_NONE"} == {
+    assert names - {"NO_NODE", "NOTHING_SPARSE", "REPLACED", "NOT_TIMED", "NO_MAP", "FEW_STEPS", "LISTS_NONE", *ELSEWHERE} == {
         "OPTED_OUT", "GRADIENTS", "DTYPE", "HEAD_DIM", "NO_BACKEND", "WINDOW", "DENSE_LAYER", "COUNTING_LAYERS", "CROSS_ATTENTION", "TOO_SHORT",
         "NOT_A_LAYER", "ONE_BLOCK", "MASK_PER_QUERY", "MASK_PER_HEAD", "MASK_SHAPE", "POLICY_DENSE", "NEVER_ROUTED", "NOTHING_SEEN", "ENDED_EARLY",
     }  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_calls import B, D, H, S, answer, plain, qkv
 
-pytestmark = pytest.mark.usefixtures("no_gradients")
+pytestmark = pytest.mark.usefixtures("no_gradients", "everything_kept")
 
 
 # Masks.

@@ -40,7 +40,7 @@ def test_earlier_override_gets_each_declined_call_once(tiny, patched, passing, l
     assert (out - dense).norm() > 1e-4 * dense.norm()
 
 
-def test_later_override_that_forgets_ours_is_put_below(tiny, patched, passing, last_run, computed):
+def test_later_override_that_forgets_ours_is_put_below(nodes, tiny, patched, passing, last_run, computed):
     """KJNodes' way: the entry is overwritten, whatever stood there."""
     model = tiny("wan_t2v")
     alone = comfy_models.sample(model, patched(model))
@@ -52,6 +52,8 @@ def test_later_override_that_forgets_ours_is_put_below(tiny, patched, passing, l
         assert torch.equal(comfy_models.sample(model, patcher), alone)
         assert last_run()["totals"]["sparse_calls"] == 4 and last_run()["totals"]["dense_calls"] == 4
         assert [args[1].shape[1] for _, args, _ in foreign.seen] == 4 * [7] and len(computed) == 4
+        said = "another node replaced the attention hook; Sparge Attention put itself back on top"
+        assert last_run()["warning"] == said and nodes.remarks.summary(nodes.telemetry.runs.closed[-1]).endswith(f"; {said}")
     assert earlier.seen == []  # the foreign node has cut it off
 
 

@@ -287,7 +287,7 @@ def test_a_shorter_model_call_counts_no_layers_away(nodes, direct):
         ours.context.layers = layers
         ours.context.finish()
         assert ours.patch.total_layers == ours.run.total_layers == 5
-    ours.context.layers = 2
+    ours.context._unnumbered = 2
     q, k, v = (torch.randn(1, 2, 200, 64) for _ in range(3))
     for _ in (2, 3, 4):
         ours(q, k, v, 2, skip_reshape=True)
@@ -323,7 +323,7 @@ def test_a_model_call_that_fails_counts_no_layers(nodes, tiny, patched, passing)
 
     source = model.patcher.clone()
     source.model_options["transformer_options"]["optimized_attention_override"] = failing
-    patcher = patched(source, dense_blocks="-1", topk=1.0, start_percent=1.0)
+    patcher = patched(source, dense_blocks="-1", start_percent=1.0)
     with pytest.raises(InterruptedError):
         comfy_models.sample(model, patcher)
     (patch,) = nodes.patch.patches_of(patcher)

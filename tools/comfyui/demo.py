@@ -184,7 +184,7 @@ def cpu_name() -> str:
 
 def demo(seconds: float, steps: int, out: Path) -> None:
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    dense = Run("dense", {"topk": 1.0, "min_tokens": 1_000_000})
+    dense = Run("dense", {"topk": 1.0})
     sparse = Run("sparse", dict(SPARSE))
     server = comfy_server.ComfyServer()
     demo_model.write_demo_model(server.model_path(MODEL))
