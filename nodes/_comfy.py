@@ -28,6 +28,9 @@ MONITORS = "sparge_monitors"
 ANSWERS = "sparge_attention_answers"
 """The attribute of the server that holds the functions behind the pack's routes."""
 
+MAX_ID = 64
+"""The most letters that the input `id` of a node may have."""
+
 TEXTS = Path(__file__).resolve().parents[1] / "locales" / "en" / "nodeDefs.json"
 """What people read of the nodes and of their inputs and outputs, in English; the browser takes other languages from its neighbours."""
 
@@ -130,6 +133,16 @@ def monitors_of(model) -> dict[str, bool]:
     return dict(model.model_options.get("transformer_options", {}).get(MONITORS, {}))
 
 
+def id_input():
+    """The input `id` of a node (see `name_of`). The browser fills it in and shows no widget for it.
+
+    An input, not a property of the node: so it is in what ComfyUI compares before it hands out a cached output, which names the node that made it.
+    """
+    made = io.String.Input("id", default="", optional=True)
+    made.extra_dict = {**(made.extra_dict or {}), "hidden": True}
+    return made
+
+
 def mark_advanced(widget):
     """Marks an input that few need: since 0.10 front ends show those on demand. Before, inputs know no such mark and all are shown."""
     if hasattr(widget, "advanced"):
@@ -142,18 +155,36 @@ def prompt_server():
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
-def show_text(node_id: str | None, text: str) -> None:
-    """Shows a line of text on a node in the browser, where there is one."""
-    server = prompt_server()
-    if node_id is not None and hasattr(server, "send_progress_text"):
-        server.send_progress_text(text, node_id)
+def name_of(hidden, own: str = "") -> str | None:
+    """The name under which the browser looks for what an executed node says; web/js/lib/ids.js makes the same. None in scripts.
+
+    hidden : what ComfyUI tells the node beside its inputs, among it the number in the graph, after those of the subgraph nodes around it: two
+    instances of a subgraph differ in it alone. own : the input `id`, which the browser draws by chance once for each node, as numbers are the same in
+    every workflow. Without it (a prompt made by a program, or before there was the input) the number stands alone.
+    """
+    if not isinstance(own, str) or len(own) > MAX_ID:
+        raise ValueError(f"id must be text of up to {MAX_ID} characters, got {own!r:.80}; leave it empty, or to the browser")
+    if hidden is None:
+        return None
+    return f"{own}/{hidden.unique_id}" if own else str(hidden.unique_id)
 
 
-def send(event: str, data: dict) -> None:
-    """Sends an event to every browser, from any thread."""
+def clients() -> set[str]:
+    """The browser tab whose prompt is executed now; an empty set where none queued it (a program that names no client, a script)."""
+    client = getattr(prompt_server(), "client_id", None)
+    return {client} if client and isinstance(client, str) else set()
+
+
+def is_connected(client: str) -> bool:
+    """Whether a browser tab of this name holds a connection now."""
+    return client in getattr(prompt_server(), "sockets", {})
+
+
+def send(event: str, data: dict, client: str | None = None) -> None:
+    """Sends an event to one browser tab, or to all for None, from any thread."""
     server = prompt_server()
     if server is not None:
-        server.send_sync(event, data)
+        server.send_sync(event, data, client)
 
 
 def serve(answers: dict) -> None:
@@ -164,11 +195,10 @@ def serve(answers: dict) -> None:
     server = prompt_server()
     if server is None:
         return
-    first = not hasattr(server, ANSWERS)
-    setattr(server, ANSWERS, answers)
-    if first:
-        for path in answers:
-            server.routes.get(path)(_handler(server, path))
+    known = getattr(server, ANSWERS, {})
+    setattr(server, ANSWERS, {**known, **answers})
+    for path in (path for path in answers if path not in known):
+        server.routes.get(path)(_handler(server, path))
 
 
 def _handler(server, path: str):

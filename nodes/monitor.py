@@ -25,8 +25,8 @@ class Watch:
         patcher = executor.class_obj.model_patcher
         monitors = _comfy.monitors_of(patcher)
         if self.node == next(iter(monitors), None) and not patches_of(patcher):
-            run = runs.open_unpatched(node=self.node, owner=self.node, metadata={}, sigmas=sigmas.tolist(), monitors=monitors)
-            run.warning, run.state = reasons.NO_NODE, "done"
+            run = runs.open_unpatched(node=self.node, owner=self.node, metadata={}, sigmas=[], monitors=monitors)  # its steps are not followed
+            run.warning, run.state, run.clients = reasons.NO_NODE, "done", _comfy.clients()
             transport.publish(run)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
@@ -36,22 +36,21 @@ class SpargeMonitor(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        inputs = [io.Model.Input("model"), io.Boolean.Input("measure_dense", default=True)]
+        inputs = [io.Model.Input("model"), io.Boolean.Input("measure_dense", default=True), _comfy.id_input()]
         # ComfyUI's cache gives two nodes of one class and equal inputs the same output. Here that output names the node that made it: the second
         # monitor would get a model that names the first, and never a message of its own.
         return _comfy.schema("SpargeMonitor", inputs, [io.Model.Output()], not_idempotent=True)
 
     @classmethod
-    def execute(cls, model, measure_dense=True) -> io.NodeOutput:
+    def execute(cls, model, measure_dense=True, id="") -> io.NodeOutput:
         _comfy.check_model(model)
         if not isinstance(measure_dense, bool):
             raise ValueError(f"measure_dense must be true or false, got {measure_dense!r}; connect a boolean")
-        node = str(cls.hidden.unique_id) if cls.hidden is not None else "script"
-        return io.NodeOutput(watched(model, node, measure_dense))
+        return io.NodeOutput(watched(model, _comfy.name_of(cls.hidden, id) or "script", measure_dense))
 
 
 def watched(model, node: str, measures: bool = True):
-    """A clone of `model` (a ModelPatcher) whose runs send their messages to the monitor `node`."""
+    """A clone of `model` (a ModelPatcher) whose runs send their messages to the monitor of the name `node` (`_comfy.name_of`)."""
     clone = model.clone()
     _comfy.add_monitor(clone, node, measures)
     _comfy.add_wrapper(clone, _comfy.WRAPPERS.OUTER_SAMPLE, WRAPPER_KEY, Watch(node).outer_sample)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import _comfy, _kernels, reasons
+from . import _comfy, _kernels, reasons, transport
 from ._comfy import io
 from .override import AttentionOverride
 from .presets import Preset, preset_for
@@ -35,7 +35,7 @@ class SpargeAttention(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         widgets = [_widget(name, row) for name, row in INPUTS.items()]
-        inputs = [io.Model.Input("model"), *widgets, io.Custom("SPARGE_POLICY").Input("policy", optional=True)]
+        inputs = [io.Model.Input("model"), *widgets, io.Custom("SPARGE_POLICY").Input("policy", optional=True), _comfy.id_input()]
         return _comfy.schema("SpargeAttention", inputs, [io.Model.Output()])
 
     @classmethod
@@ -44,14 +44,14 @@ class SpargeAttention(io.ComfyNode):
         return check({"dense_blocks": dense_blocks}) or True
 
     @classmethod
-    def execute(cls, model, policy=None, **values) -> io.NodeOutput:
+    def execute(cls, model, policy=None, id="", **values) -> io.NodeOutput:
         if policy is not None and not hasattr(policy, "topk"):
             raise ValueError(f"policy must come from a node that makes one, got {policy!r}; connect such a node or leave it out")
         _comfy.check_model(model)
         row = preset_for(_comfy.diffusion_model(model.model))
         settings = parse(values | {"policy": policy}).for_model(row)
-        node = cls.hidden.unique_id if cls.hidden is not None else None
-        _comfy.show_text(node, describe(settings, getattr(model.load_device, "type", "cpu"), row))
+        node = _comfy.name_of(cls.hidden, id)
+        transport.show(node, describe(settings, getattr(model.load_device, "type", "cpu"), row), _comfy.clients())
         return io.NodeOutput(install(model, settings, node))
 
 

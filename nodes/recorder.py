@@ -162,6 +162,7 @@ class Run:
         self.sigmas = sigmas
         self.monitors = dict(monitors or {})
         self.measures = any(self.monitors.values())
+        self.clients: set[str] = set()  # the browser tabs that are told of it; none: all
         self.cells: dict[maps.At, Cell] = {}
         self.outside = Cell()  # the calls of no numbered layer
         self.reasons: Counter = Counter()

@@ -21,8 +21,8 @@ logger = logging.getLogger("sparge_attention")
 class Patch:
     """One SpargeAttention node on one model; shared by all clones of that model.
 
-    settings : the node's; node : its id in the graph, or None; override : the `AttentionOverride` on the model, which knows of no run by itself: it
-    finds the model call that it is in under its `key` in transformer_options.
+    settings : the node's; node : its name (`_comfy.name_of`), or None; override : the `AttentionOverride` on the model, which knows of no run by
+    itself: it finds the model call that it is in under its `key` in transformer_options.
     """
 
     def __init__(self, settings: Settings, node: str | None, override: Any):
@@ -62,7 +62,7 @@ class Patch:
         has no run of ours then."""
         if self.run is None:
             logger.info("Sparge Attention: %s", reasons.SECOND_MODEL)
-            _comfy.show_text(self.node, reasons.SECOND_MODEL)
+            transport.show(self.node, reasons.SECOND_MODEL, _comfy.clients())
 
     def apply_model(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):
         """Wrapper around one model call: makes the context that the override reads, and puts the override back on top where it was replaced."""
@@ -144,6 +144,7 @@ class RunState:
         )
         self.telemetry.total_layers = patch.total_layers or 0
         self.compiled = compiled.Watch(patcher)
+        self.telemetry.clients = _comfy.clients()
         if self.settings.is_reference:
             self.telemetry.note = reasons.REFERENCE
         self.pace = Pace(self.settings, self.telemetry.monitors)
@@ -187,7 +188,7 @@ class RunState:
         said = remarks.summary(self.telemetry), self.window.dense_steps(self.sigmas), self.settings.preset_line(self.few_steps)
         summary = "; ".join(part for part in said if part)
         logger.info("Sparge Attention, run %d: %s", self.telemetry.number, summary)
-        _comfy.show_text(self.patch.node, summary)
+        transport.show(self.patch.node, summary, self.telemetry.clients)
         if failure is not None and sampled:  # else the sampler's own error is on its way, and is the one to see
             raise failure
 

@@ -1,15 +1,17 @@
-"""The runs that this process remembers, host numbers only, and what each report node has shown of them."""
+"""What this process remembers: runs, host numbers only; what each report node has shown of them; the last line that each node said."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Set
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from .maps import HeadMaps
 from .recorder import Run
 
 MAX_RUNS = 8
+MAX_LINES = 256
 MAX_STORED_MAP_BYTES = 64 << 20  # of all closed runs; beyond it the oldest lose their maps
 
 
@@ -89,4 +91,35 @@ class Runs:
             self._shown[report] = before._replace(formats=before.formats.union(formats))
 
 
+@dataclass(frozen=True)
+class Line:
+    """What a node said last: `number` counts all lines, `node` is its name (`_comfy.name_of`), `clients` as in `Run`."""
+
+    number: int
+    node: str
+    text: str
+    clients: Set[str]
+
+
+class Lines:
+    """The last line of each node, one for each browser tab that queued it: two tabs may hold the same workflow file."""
+
+    def __init__(self) -> None:
+        self.kept: deque[Line] = deque(maxlen=MAX_LINES)
+        self.latest = 0
+
+    def add(self, node: str, text: str, clients: Set[str]) -> Line:
+        self.latest += 1
+        line = Line(self.latest, node, text, frozenset(clients))
+        for earlier in [kept for kept in self.kept if (kept.node, kept.clients) == (node, line.clients)]:
+            self.kept.remove(earlier)
+        self.kept.append(line)
+        return line
+
+    def find(self, node: str, concerns: Callable[[Set[str]], bool]) -> Line | None:
+        """The newest line of a node among those whose clients `concerns` says yes to."""
+        return next((line for line in reversed(list(self.kept)) if line.node == node and concerns(line.clients)), None)
+
+
 runs = Runs()
+lines = Lines()

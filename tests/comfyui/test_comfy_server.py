@@ -104,12 +104,17 @@ def mismatch(node: dict, known: dict) -> str | None:
     required, optional = (known["input"].get(kind, {}) for kind in ("required", "optional"))
     declared, given = {**required, **optional}, [entry["name"] for entry in node["inputs"]]
     is_core = not known["python_module"].startswith("custom_nodes.")
-    wanted = [name for name in declared if name in required or name in given or not is_core]
+    wanted = [name for name in declared if name in required or name in given or not (is_core or is_hidden(*declared[name]))]
     if given != wanted:
         return f"{node['type']} has {given}, wanted {wanted}"
     saved = [entry["name"] for entry in node["inputs"] if "widget" in entry]
     widgets = [name for name, declaration in declared.items() if name in saved or (name not in given and is_widget(*declaration))]
     return None if widgets[: len(saved)] == saved else f"{node['type']} saves values of {saved}, and the front end reads them as those of {widgets}"
+
+
+def is_hidden(kind, options: dict | None = None) -> bool:
+    """Whether the browser fills the input in: files do not hold it."""
+    return bool((options or {}).get("hidden"))
 
 
 def is_widget(kind, options: dict | None = None) -> bool:

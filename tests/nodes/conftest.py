@@ -67,7 +67,7 @@ def nodes(node_modules, monkeypatch):
     """The node modules, with an empty store of runs and no user folder: what one test measures decides nothing in another."""
     monkeypatch.setattr(node_modules._comfy, "user_folder", lambda: None)
     runs = node_modules.telemetry.runs
-    for kept in (runs.running, runs.closed, runs.unpatched, runs._shown):
+    for kept in (runs.running, runs.closed, runs.unpatched, runs._shown, node_modules.telemetry.lines.kept):
         kept.clear()
     return node_modules
 
@@ -138,19 +138,19 @@ def dynamo(request):
 
 
 class Browser:
-    """A PromptServer: `sent` has the data of our events as a browser gets them, `routes` what extensions register."""
+    """A PromptServer: `sent` has our messages about runs and `lines` those about lines as browsers get them, `told` (event, tab) of both, in order;
+    `routes` what extensions register. `client_id` is the tab whose prompt is executed, `sockets` has the tabs that are connected."""
 
     def __init__(self):
         from aiohttp import web
 
-        self.routes, self.sent = web.RouteTableDef(), []
+        self.routes, self.sent, self.lines, self.told = web.RouteTableDef(), [], [], []
+        self.client_id, self.sockets = None, {}
 
     def send_sync(self, event, data, sid=None):
-        assert event == "sparge.run" and sid is None
-        self.sent.append(json.loads(json.dumps(data, allow_nan=False)))
-
-    def send_progress_text(self, text, node):
-        pass
+        kept = {"sparge.run": self.sent, "sparge.line": self.lines}[event]
+        kept.append(json.loads(json.dumps(data, allow_nan=False)))
+        self.told.append((event, sid))
 
 
 @pytest.fixture

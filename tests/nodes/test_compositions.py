@@ -91,7 +91,7 @@ def test_two_nodes_with_two_windows(nodes, tiny, patched):
 
 def shown(nodes, monkeypatch):
     texts = []
-    monkeypatch.setattr(nodes._comfy, "show_text", lambda node, text: texts.append((node, text)))
+    monkeypatch.setattr(nodes.transport, "show", lambda node, text, clients: texts.append((node, text)))
     return texts
 
 

@@ -32,7 +32,7 @@ def test_messages_of_a_run(nodes, tiny, patched, watched, browser, last_run):
     comfy_models.sample(model, watched(patched(model), "7", measures=True), steps=3)
     sent, run = browser.sent, last_run()
     assert [(m["state"], m["step"]) for m in sent] == [("running", 0), ("running", 1), ("running", 2), ("done", 3)]
-    assert all(set(m) == KEYS and set(m["totals"]) == TOTALS and m["monitors"] == ["7"] and m["version"] == 2 for m in sent)
+    assert all(set(m) == KEYS and set(m["totals"]) == TOTALS and m["monitors"] == ["7"] and m["version"] == 3 for m in sent)
     assert {m["run"] for m in sent} == {nodes.telemetry.runs.latest} and {m["steps"] for m in sent} == {3}
     assert [[cell[:2] for cell in m["cells"]] for m in sent] == [[], [[0, 0], [0, 1]], [[1, 0], [1, 1]], [[2, 0], [2, 1]]]
     assert all([column["name"] for column in m["columns"]] == ["step", "layer", *COLUMNS] for m in sent)
@@ -167,7 +167,7 @@ def test_no_sparge_attention(nodes, tiny, watched, browser):
     plain = comfy_models.sample(model, steps=2)
     assert torch.equal(comfy_models.sample(model, watched(model.patcher, "7", "8"), steps=2), plain)
     (message,) = browser.sent
-    assert set(message) == KEYS and message["monitors"] == ["7", "8"] and message["cells"] == [] and message["steps"] == 2
+    assert set(message) == KEYS and message["monitors"] == ["7", "8"] and message["cells"] == [] and message["steps"] == 0
     assert (message["warning"], message["state"]) == ("no Sparge Attention node on this model", "done")
     assert nodes.transport.answer_runs({"monitor": "8"})[1]["runs"] == [message]
     assert not nodes.telemetry.runs.closed and nodes.telemetry.runs.for_report("9", []) == []
@@ -275,11 +275,12 @@ def test_no_room_for_the_picture(direct, nodes, monkeypatch):
 def test_the_node_as_comfyui_runs_it(nodes, tiny, monkeypatch):
     node, model = nodes.monitor.SpargeMonitor, tiny("wan_t2v").patcher
     monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="5:12"), raising=False)
-    (first,) = node.execute(model, measure_dense=False).args
+    (first,) = node.execute(model, measure_dense=False, id="0f3c").args
     monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id=31), raising=False)
     (second,) = node.execute(first).args
-    assert nodes._comfy.monitors_of(second) == {"5:12": False, "31": True} and nodes._comfy.monitors_of(second.clone()) == {"5:12": False, "31": True}
-    assert nodes._comfy.monitors_of(first) == {"5:12": False} and nodes._comfy.monitors_of(model) == {}
+    named = {"0f3c/5:12": False, "31": True}
+    assert nodes._comfy.monitors_of(second) == named and nodes._comfy.monitors_of(second.clone()) == named
+    assert nodes._comfy.monitors_of(first) == {"0f3c/5:12": False} and nodes._comfy.monitors_of(model) == {}
     assert first is not model and nodes.patch.patches_of(second) == []
 
 

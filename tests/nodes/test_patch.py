@@ -34,8 +34,9 @@ SPARGE_ATTENTION = [
     ("optional", "protect_references", "BOOLEAN", {"default": False}),
     ("optional", "backend", "COMBO", {"default": "auto", "options": ["auto", "cuda", "torch"], "multiselect": False}),
     ("optional", "policy", "SPARGE_POLICY", {}),
+    ("optional", "id", "STRING", {"default": "", "multiline": False, "hidden": True}),
 ]
-SPARGE_MONITOR = [("required", "model", "MODEL", {}), ("required", "measure_dense", "BOOLEAN", {"default": True})]
+SPARGE_MONITOR = [("required", "model", "MODEL", {}), ("required", "measure_dense", "BOOLEAN", {"default": True}), SPARGE_ATTENTION[-1]]
 SPARGE_REPORT = [
     ("required", "model", "MODEL", {}),
     ("required", "data", "LATENT,IMAGE", {}),
@@ -81,7 +82,7 @@ def test_contract_of_sparge_report(nodes):
 def test_the_table_of_inputs(nodes):
     """One field of Settings is one widget: default, limits and choices are the contract's, in its order."""
     settings, rows = nodes.settings.Settings(), nodes.settings.INPUTS
-    assert list(rows) == [name for _, name, _, _ in SPARGE_ATTENTION if name not in ("model", "policy")]
+    assert list(rows) == [name for _, name, _, _ in SPARGE_ATTENTION if name not in ("model", "policy", "id")]
     for name, options in ((name, options) for _, name, _, options in SPARGE_ATTENTION if name in rows):
         row = rows[name]
         assert getattr(settings, name) == row.default and (row.default if row.new is None else row.new) == options["default"], name
@@ -232,9 +233,9 @@ def test_dense_blocks_text(nodes, text):
 def test_the_node_as_comfyui_runs_it(nodes, tiny):
     """Every widget value by name, as a prompt has them."""
     model = tiny("wan_t2v")
-    values = {name: options["default"] for _, name, _, options in SPARGE_ATTENTION if "default" in options}
+    values = {name: options["default"] for _, name, _, options in SPARGE_ATTENTION if "default" in options and name != "id"}
     values |= dict(topk=0.3, min_tokens=0, dense_blocks="0", token_order="tiles", backend="torch", end_percent=0.9, cdfthreshd=0.2, preset="off")
-    (patcher,) = nodes.patch.SpargeAttention.execute(model.patcher, **values).args
+    (patcher,) = nodes.patch.SpargeAttention.execute(model.patcher, **values, id="").args
     (patch,) = nodes.patch.patches_of(patcher)
     assert patch.settings.shown() == values | {"preset": "none"}
     assert patcher is not model.patcher and nodes.patch.patches_of(model.patcher) == []
@@ -253,18 +254,16 @@ def test_without_a_hidden_id(nodes, tiny):
 OFFER = "preset for Wan 2.1 / 2.2 t2v: start_percent 0.24, dense_blocks 0 (choose auto)"
 
 
-def test_text_on_the_node(nodes, tiny, monkeypatch):
+def test_text_on_the_node(nodes, tiny, monkeypatch, browser):
     """With an id and a server, the node shows its backend, and after each run what happened."""
-    said = []
-    server = SimpleNamespace(send_progress_text=lambda text, node: said.append((node, text)))
-    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
     monkeypatch.setattr(nodes.patch.SpargeAttention, "hidden", SimpleNamespace(unique_id="12"), raising=False)
     model = tiny("wan_t2v")
-    (patcher,) = nodes.patch.SpargeAttention.execute(model.patcher, topk=0.3, min_tokens=0).args
-    assert said == [("12", f"{nodes.patch.describe(nodes.settings.Settings(topk=0.3), 'cpu')}; {OFFER}")]
+    (patcher,) = nodes.patch.SpargeAttention.execute(model.patcher, topk=0.3, min_tokens=0, id="a1").args
+    first, said = f"{nodes.patch.describe(nodes.settings.Settings(topk=0.3), 'cpu')}; {OFFER}", browser.lines
+    assert [(line["node"], line["text"]) for line in said] == [("a1/12", first)]
     comfy_models.sample(model, patcher)
-    node, text = said[-1]
-    assert len(said) == 2 and node == "12" and text.startswith("4 calls sparse, density 0.25") and "4 x cross-attention to 7 tokens" in text
+    node, text = said[-1]["node"], said[-1]["text"]
+    assert len(said) == 2 and node == "a1/12" and text.startswith("4 calls sparse, density 0.25") and "4 x cross-attention to 7 tokens" in text
 
 
 def test_description(nodes):

@@ -223,14 +223,16 @@ def test_runs_route(nodes, opened, registered):
     found = ask(registered, "/sparge_attention/runs?monitor=7", "/api/sparge_attention/runs?" + urlencode({"monitor": "5:12"}),
                 "/sparge_attention/runs?monitor=12")  # fmt: skip
     latest = mine.number
-    assert [status for status, _ in found] == [200, 200, 200] and all(answer["version"] == 2 for _, answer in found)
+    assert [status for status, _ in found] == [200, 200, 200] and all(answer["version"] == 3 for _, answer in found)
     assert [[run["run"] for run in answer["runs"]] for _, answer in found] == [[latest - 4, latest - 3, latest - 1, latest], [latest - 2], []]
     assert [run["state"] for run in found[0][1]["runs"]] == ["done"] * 3 + ["running"]
 
 
 BAD = {
-    "runs": "monitor must be the id",
-    "runs?monitor=": "monitor must be the id",
+    "runs": "monitor must be the name",
+    "runs?monitor=": "monitor must be the name",
+    "line": "node must be the name",
+    "line?node=": "node must be the name",
     "map": "run must be a whole number from 0, got None; give it as run=0",
     "map?run=1&step=0": "layer must be a whole number",
     "map?run=x&step=0&layer=0": "run must be a whole number from 0, got 'x'",
@@ -272,7 +274,7 @@ def test_two_copies_of_the_pack(nodes, opened, registered):
         store.latest = 100
         theirs = store.open(node="1", owner="o", metadata={}, sigmas=[1.0, 0.0], monitors={"7": True})
         assert [run["run"] for run in ask(registered, "/sparge_attention/runs?monitor=7")[0][1]["runs"]] == [theirs.number]
-        assert len(registered) == 2
+        assert len(registered) == 3
     finally:
         for module in [module for module in sys.modules if module.split(".")[0] == name]:
             del sys.modules[module]

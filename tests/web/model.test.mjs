@@ -16,7 +16,7 @@ const COLUMNS = [...INDICES, column("density", "share"), column("pv_skipped", "s
 
 function message(changes = {}) {
   return {
-    version: 2, run: 7, monitors: ["12"], state: "running", step: 1, steps: 4, layers: 2, heads: 3, tokens: 5000, columns: COLUMNS,
+    version: 3, run: 7, monitors: ["12"], state: "running", step: 1, steps: 4, layers: 2, heads: 3, tokens: 5000, columns: COLUMNS,
     cells: [], step_totals: [], reasons: [], warning: null, note: null, totals: TOTALS, ...changes,
   };
 }
@@ -113,7 +113,7 @@ test("the server's answer replaces what was known, and messages of meanwhile are
 
 test("what is no message of this version is passed over", () => {
   const model = emptyModel();
-  for (const broken of [null, undefined, 3, "x", {}, message({ version: 1 }), message({ version: 3 }), message({ columns: 3 }), message({ run: "7" }), message({ run: 1.5 })]) {
+  for (const broken of [null, undefined, 3, "x", {}, message({ version: 2 }), message({ version: 4 }), message({ columns: 3 }), message({ run: "7" }), message({ run: 1.5 })]) {
     assert.equal(receive(model, broken), model);
   }
 });

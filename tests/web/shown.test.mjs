@@ -3,7 +3,7 @@ import { test } from "node:test";
 
 import { cellText, duration, headline, integer, numberText, progress, share } from "../../web/js/lib/format.js";
 import { cellAt, cellBox, heatMapGrid, moved, ticks, tileColumns } from "../../web/js/lib/heat_map_grid.js";
-import { isFor, namesOf } from "../../web/js/lib/ids.js";
+import { isFor, nameOf, newId, numbersOf } from "../../web/js/lib/ids.js";
 import { readMap } from "../../web/js/lib/map.js";
 import { emptyModel, receive, shownRun } from "../../web/js/lib/model.js";
 import { COLOURS, HATCH, STOPS, TABLE, gradient, rgb } from "../../web/js/lib/palette.js";
@@ -72,13 +72,15 @@ test("progress and cells in words", () => {
   const calls = ["sparse_calls", "dense_calls"].map((name) => ({ name, unit: "calls", label: name }));
   const columns = [index("step"), index("layer"), ...shares, { name: "ms", unit: "ms", label: "time" }, ...calls];
   const cells = [[0, 0, 0.25, 0.125, 8.3, 2, 1], [0, 1, null, null, 40, 0, 3], [1, 0, 0.5, 0, 3, 1, 0]];
-  const message = { version: 2, run: 1, state: "running", step: 1, steps: 3, layers: 2, heads: 24, tokens: 32760, columns, cells };
+  const message = { version: 3, run: 1, state: "running", step: 1, steps: 3, layers: 2, heads: 24, tokens: 32760, columns, cells };
   const shown = shownRun(receive(emptyModel(), message));
   assert.equal(progress(shown, t), "running · step 1 of 3 · 2 layers · 24 heads · 32,760 tokens");
   assert.equal(cellText(shown, { step: 0, layer: 0 }, t), "step 1, layer 0: density 0.25, PV skipped 0.13, 8.3 ms, 2 sparse, 1 dense");
   assert.equal(cellText(shown, { step: 0, layer: 1 }, t), "step 1, layer 1: 40 ms, 3 dense");
   assert.equal(cellText(shown, { step: 1, layer: 0 }, t), "step 2, layer 0: density 0.50, PV skipped 0, 3.0 ms, 1 sparse");
   assert.equal(cellText(shown, { step: 2, layer: 1 }, t), "step 3, layer 1: not run");
+  const without = shownRun(receive(emptyModel(), { version: 3, run: 2, state: "done", step: 0, steps: 0, layers: 0, columns, cells: [] }));
+  assert.equal(progress(without, t), "done", "without Sparge Attention no steps are known");
 });
 
 test("a number is written as its unit is", () => {
@@ -189,22 +191,34 @@ const middle = { nodes: [{ id: 8, subgraph: inner }, { id: 9 }] };
 const root = { nodes: [{ id: 1 }, { id: 5, subgraph: middle }, { id: "6", subgraph: middle }] };
 
 test("a node is called by its way through the subgraphs", () => {
-  assert.deepEqual(namesOf({ id: 12, graph: root }, root), ["12"]);
-  assert.deepEqual(namesOf({ id: "12", graph: root }, root), ["12"]);
-  assert.deepEqual(namesOf({ id: 3, graph: inner }, root), ["5:8:3", "6:8:3"]);
-  assert.deepEqual(namesOf({ id: 4, graph: deepest }, root), ["5:8:7:4", "6:8:7:4"]);
-  assert.deepEqual(namesOf({ id: 9, graph: { nodes: [] } }, root), []);
+  assert.deepEqual(numbersOf({ id: 12, graph: root }, root), ["12"]);
+  assert.deepEqual(numbersOf({ id: "12", graph: root }, root), ["12"]);
+  assert.deepEqual(numbersOf({ id: 3, graph: inner }, root), ["5:8:3", "6:8:3"]);
+  assert.deepEqual(numbersOf({ id: 4, graph: deepest }, root), ["5:8:7:4", "6:8:7:4"]);
+  assert.deepEqual(numbersOf({ id: 9, graph: { nodes: [] } }, root), []);
 });
 
 test("subgraphs deep in each other are followed, and a circle ends", () => {
   const graphs = Array.from({ length: 18 }, () => ({ nodes: [] }));
   for (let depth = 1; depth < 18; depth++) graphs[depth - 1].nodes.push({ id: depth, subgraph: graphs[depth] });
   const way = (depth) => Array.from({ length: depth }, (_, n) => n + 1).join(":");
-  assert.deepEqual(namesOf({ id: "x", graph: graphs[16] }, graphs[0]), [`${way(16)}:x`]);
-  assert.deepEqual(namesOf({ id: "x", graph: graphs[17] }, graphs[0]), [`${way(17)}:x`]);
+  assert.deepEqual(numbersOf({ id: "x", graph: graphs[16] }, graphs[0]), [`${way(16)}:x`]);
+  assert.deepEqual(numbersOf({ id: "x", graph: graphs[17] }, graphs[0]), [`${way(17)}:x`]);
   const circle = { nodes: [] };
   circle.nodes.push({ id: 1, subgraph: circle });
-  assert.deepEqual(namesOf({ id: "x", graph: { nodes: [] } }, circle), []);
+  assert.deepEqual(numbersOf({ id: "x", graph: { nodes: [] } }, circle), []);
+});
+
+test("a node's own id stands before its number", () => {
+  assert.equal(nameOf("0f3c", "5:12"), "0f3c/5:12");
+  assert.equal(nameOf("", "5:12"), "5:12");
+  assert.equal(nameOf(undefined, 12), "12");
+});
+
+test("ids are drawn anew", () => {
+  const drawn = new Set(Array.from({ length: 100 }, newId));
+  assert.equal(drawn.size, 100);
+  for (const id of drawn) assert.match(id, /^[0-9a-f]{16}$/);
 });
 
 test("messages find their monitors", () => {
@@ -218,7 +232,7 @@ test("messages find their monitors", () => {
 
 test("a block map is read, and a damaged one refused", () => {
   const text = (bytes) => Buffer.from(bytes).toString("base64");
-  const answer = { version: 2, rows: 2, columns: 3, n_q: 5, n_k: 9, values: text([0, 1, 2, 3, 4, 255]), frames: null };
+  const answer = { version: 3, rows: 2, columns: 3, n_q: 5, n_k: 9, values: text([0, 1, 2, 3, 4, 255]), frames: null };
   assert.deepEqual([...readMap(answer).values], [0, 1, 2, 3, 4, 255]);
   assert.equal(readMap(answer).frames, null);
   const frames = { t: 2, h: 1, w: 2, queries: text([1, 2, 3, 4]), keys: text([5, 6, 7, 8]) };

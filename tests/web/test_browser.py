@@ -13,11 +13,11 @@ import demo_model
 import install
 import pytest
 import requests
-from monitor_page import LAYERS, MODEL, MONITOR, PANEL, STEPS, MonitorPage, workflow
-from required import missing
+from monitor_page import LAYERS, MODEL, MONITOR, MONITOR_ID, PANEL, STEPS, MonitorPage, workflow
 
 SHOTS = install.ROOT / "demo_output" / "screenshots"
 WORST_DRAW_MS = 5.0
+NAME = f"{MONITOR_ID}/{MONITOR}"  # of the monitor on the server
 
 # Counts what the pack's scripts hold on to: listeners that were not removed, and observers that were not disconnected.
 COUNTER = """(() => {
@@ -55,22 +55,11 @@ MADE_UP = """(() => {
   const reasons = (step) => [["cross-attention to 512 tokens", 60 * step], ["outside the step window (start_percent, end_percent)", 180]];
   const totals = { density: 0.13, pv_skipped: 0.05, ms: 13000, sparse_calls: 100, dense_calls: 60, speedup: 3.12, speedup_low: 2.9,
     speedup_high: 3.3, compared_calls: 5, saved_ms: 41000, measuring_ms: 12 };
-  window.madeUp = (step, changes = {}) => ({ version: 2, run: 1000, monitors: ["12"], state: "running", step, steps: 50, layers: 60, heads: 24,
+  window.madeUp = (step, changes = {}) => ({ version: 3, run: 1000, monitors: ["NAME"], state: "running", step, steps: 50, layers: 60, heads: 24,
     tokens: 32760, columns, cells: step ? cells(step) : [], step_totals: step ? [stepTotal(step)] : [], reasons: reasons(step), warning: null,
     note: null, compared_with: "dense", totals, ...changes });
   window.send = (message) => app.api.dispatchEvent(new CustomEvent("sparge.run", { detail: message }));
-})()"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = chromium.find()
-    if program is None:
-        missing("Chromium")
-    if not (install.comfyui_tree() / "main.py").is_file() or not install.venv_python().is_file():
-        missing("a ComfyUI tree or .venv")
-    with chromium.Chromium(program) as started:
-        yield started
+})()""".replace("NAME", NAME)
 
 
 class Watched(MonitorPage):
@@ -118,7 +107,7 @@ def test_a_run_fills_the_monitor_and_a_click_opens_the_block_map(monitor):
     assert painted == STEPS * LAYERS
     buttons = f"[...{PANEL}.querySelectorAll('.sparge-choice')[0].children].map((button) => button.textContent)"
     assert monitor.page.evaluate(buttons) == ["density", "PV skipped", "time"]
-    (run,) = monitor.server.get(f"/sparge_attention/runs?monitor={MONITOR}")["runs"]
+    (run,) = monitor.server.get(f"/sparge_attention/runs?{urlencode({'monitor': NAME})}")["runs"]
     last = dict(zip([column["name"] for column in run["columns"]], run["step_totals"][-1], strict=True))
     table = monitor.page.evaluate(f"[...{PANEL}.querySelectorAll('tr')].map((row) => [...row.children].map((field) => field.textContent))")
     assert table[0] == ["", "density", "PV skipped", "time", "sparse calls", "dense calls"]
@@ -194,8 +183,11 @@ def test_a_monitor_in_a_subgraph_follows_its_runs(monitor):
       {enter};
     }})""")
     monitor.wait_progress("done · step 3 of 3", 15)
-    name = monitor.page.evaluate("around.id + ':' + around.subgraph._nodes.find((found) => found.type === 'SpargeMonitor').id")
-    assert any(url.endswith(f"/sparge_attention/runs?{urlencode({'monitor': name})}") for url, _ in monitor.page.requests)
+    name = monitor.page.evaluate("""(() => {
+      const node = around.subgraph._nodes.find((found) => found.type === 'SpargeMonitor');
+      return `${node.widgets.find(({ name }) => name === 'id').value}/${around.id}:${node.id}`;
+    })()""")
+    assert any(f"/sparge_attention/runs?{urlencode({'monitor': name})}&client=" in url for url, _ in monitor.page.requests)
 
 
 def test_a_page_that_is_reloaded_in_the_middle_of_a_run_goes_on(monitor):
@@ -226,7 +218,7 @@ def test_a_server_that_was_restarted_leaves_no_run_on_the_panel(monitor):
     monitor.page.evaluate("""(() => {
       const real = app.api.fetchApi;
       app.api.fetchApi = (address, ...more) => address.startsWith('/sparge_attention/runs')
-        ? Promise.resolve(new Response('{"version": 2, "runs": []}')) : real.call(app.api, address, ...more);
+        ? Promise.resolve(new Response('{"version": 3, "runs": []}')) : real.call(app.api, address, ...more);
       window.restart = () => app.api.dispatchEvent(new CustomEvent('reconnected'));
       window.restoreFetch = () => { app.api.fetchApi = real; };
       restart();
@@ -269,7 +261,7 @@ def test_warning_language_and_themes(monitor):
     assert monitor.text(".sparge-warning") == warning
     assert monitor.page.evaluate(f"{PANEL}.querySelector('select').options.length") > 1
     monitor.shot("warning")
-    monitor.page.evaluate("send(madeUp(52, { version: 3 }))")
+    monitor.page.evaluate("send(madeUp(52, { version: 4 }))")
     monitor.page.wait_for(f"{PANEL}.textContent.includes('another version of Sparge Attention than this page')")
     monitor.set(Locale="zh", ColorPalette="light")
     monitor.open()
@@ -283,7 +275,7 @@ def test_a_removed_node_leaves_nothing_behind(monitor):
     monitor.page.evaluate("app.graph.clear()")
     monitor.page.wait_for(f"{PANEL} === null")
     before = monitor.page.evaluate("held")
-    assert before["listeners"] == 2, "the extension itself listens for runs and for reconnections"
+    assert before["listeners"] == 4, "the extensions themselves listen for runs, for lines and for reconnections"
     assert before["observers"] == 0
     empty = {"last_node_id": 0, "last_link_id": 0, "nodes": [], "links": [], "groups": [], "config": {}, "extra": {}, "version": 0.4}
     added = "app.graph.add(window.made = LiteGraph.createNode('SpargeMonitor'))"
@@ -303,5 +295,5 @@ def test_the_console_is_clean_and_nothing_is_asked_of_other_servers(monitor):
     assert monitor.ours() == []
     scripts = f"/extensions/{monitor.server.pack_folder}/js/"
     asked = [url for url, by in monitor.page.requests if scripts in by]
-    assert any("/sparge_attention/runs?monitor=12" in url for url in asked)
+    assert any(f"/sparge_attention/runs?{urlencode({'monitor': NAME})}" in url for url in asked)
     assert [url for url in asked if not url.startswith(monitor.server.url)] == []

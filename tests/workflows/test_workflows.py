@@ -284,7 +284,7 @@ def test_an_old_file_opens_with_its_values(stocked, name):
     of = {str(node["id"]): node for node in of_kind(workflow, "SpargeAttention")}
     assert of and all(len(node["widgets_values"]) == len(OLD_WIDGETS) for node in of.values())
     for identity, node in of.items():
-        given = prompt[identity]["inputs"]
+        given = {name: value for name, value in prompt[identity]["inputs"].items() if name != "id"}
         (link,) = (link for link in workflow["links"] if link[3] == node["id"])
         assert given == dict(zip(OLD_WIDGETS, node["widgets_values"], strict=True)) | {"model": [str(link[1]), link[2]]}
     assert sockets(stocked) == {identity: [["model", False]] for identity in of}
@@ -292,8 +292,15 @@ def test_an_old_file_opens_with_its_values(stocked, name):
     for node in today.values():
         if node["class_type"] == "SpargeReport":
             node["inputs"]["formats"] = "png, html"  # the default, for files of then have no such input
-    assert {n: node["inputs"] for n, node in prompt.items()} == {n: node["inputs"] for n, node in today.items()}
+    assert without_ids(prompt) == without_ids(today)
     assert send(stocked.server, prompt).json().get("node_errors") == {}
+
+
+def without_ids(prompt: dict) -> dict[str, dict]:
+    """The inputs of every node but for the ids, which the page has drawn: each of our nodes has one, and no two the same."""
+    ids = [node["inputs"]["id"] for node in prompt.values() if node["class_type"] in OURS - {"SpargeReport"}]
+    assert len(ids) == len(set(ids)) and all(re.fullmatch("[0-9a-f]{16}", one) for one in ids), ids
+    return {number: {name: value for name, value in node["inputs"].items() if name != "id"} for number, node in prompt.items()}
 
 
 def opened(front_end, workflow: dict) -> dict:
@@ -317,7 +324,8 @@ def sockets(front_end) -> dict[str, list]:
 
 def in_old_order(node: dict, links: list, with_preset: bool) -> None:
     """Rewrites a SpargeAttention as front ends saved it then."""
-    values = dict(zip((entry["name"] for entry in node["inputs"] if "widget" in entry), node["widgets_values"], strict=True))
+    names = [entry["name"] for entry in node["inputs"] if "widget" in entry]
+    values = dict(zip([*names, "id"], node["widgets_values"], strict=True))
     inputs = {entry["name"]: entry for entry in node["inputs"]} | {"block_mask": {"name": "block_mask", "type": "SPARGE_BLOCK_MASK", "link": None}}
     names = ["model", *OLD_WIDGETS[:-1], "policy", "block_mask", "preset"][: None if with_preset else -1]
     node["inputs"] = [inputs[name] for name in names]
@@ -353,6 +361,7 @@ def test_an_old_file_with_everything(stocked, place, with_preset):
     (identity,) = (name for name, node in expected.items() if node["class_type"] == "SpargeAttention")
     given = expected[identity]["inputs"]
     assert {name for name, value in given.items() if isinstance(value, list)} == {"model", "topk", "policy"}
+    own = given["id"]
     assert all(given[name] == value for name, value in VALUES.items() if name != "topk")
     old = copy.deepcopy(today)
     for graph_of_it in [old, *old.get("definitions", {}).get("subgraphs", [])]:
@@ -362,9 +371,10 @@ def test_an_old_file_with_everything(stocked, place, with_preset):
     if not with_preset:
         given["preset"] = "auto"  # as front ends filled in what a file lacked
     loaded = opened(stocked, old)
-    assert loaded == expected
+    assert without_ids(loaded) == without_ids(expected)
     assert [sorted(joined) for joined in sockets(stocked).values()] == [[["model", False], ["policy", False], ["topk", False]]]
-    assert opened(stocked, today)[identity]["inputs"] == given | ({} if with_preset else {"preset": "off"}), "a file of today is left as it is"
+    again = opened(stocked, today)[identity]["inputs"]
+    assert again == given | ({} if with_preset else {"preset": "off"}) and again["id"] == own, "a file of today is left as it is"
 
 
 def test_a_node_that_is_copied_keeps_its_values(stocked):
@@ -373,6 +383,8 @@ def test_a_node_that_is_copied_keeps_its_values(stocked):
     copied = stocked.page.evaluate("""(() => {
       const node = app.graph._nodes.find((found) => found.type === "SpargeAttention");
       const other = node.clone();
+      app.graph.add(other);
       return [node, other].map((found) => found.widgets.map((widget) => [widget.name, widget.value]));
     })()""")
-    assert copied[0] == copied[1]
+    node, other = map(dict, copied)
+    assert node.pop("id") != other.pop("id") and node == other, "but for the id, for the copy is another node"

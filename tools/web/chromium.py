@@ -191,6 +191,7 @@ class Page:
             self.do("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=KEYS[name])
 
     def close(self) -> None:
-        self.do("Page.navigate", url="about:blank")
+        """Ends the tab and its connections; one that goes to another page may keep them for a way back."""
+        self.do("Page.close")
         self._reader.cancel()
         self.browser.run(self.socket.close())

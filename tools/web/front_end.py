@@ -30,6 +30,10 @@ class FrontEnd:
         self.page.wait_for("document.querySelector('canvas#graph-canvas')?.clientWidth > 0 && !document.querySelector('#splash-loader')")
         self.unveil()
 
+    def front(self) -> None:
+        """Brings the tab to the front: a browser draws no other."""
+        self.page.do("Page.bringToFront")
+
     def unveil(self) -> None:
         """Waits for the front end's loading veil to go. On a slow machine PrimeVue's BlockUI, blocked again while its first veil fades, takes away
         the second and leaves the first over the page for good (it then complains of removeChild): such a veil is removed."""

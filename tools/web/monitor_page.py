@@ -12,6 +12,7 @@ from front_end import FrontEnd
 MODEL = demo_model.FILE
 MONITOR = 12
 STEPS, LAYERS = 8, 6
+ATTENTION_ID, MONITOR_ID = "a77e47104a77e471", "304170a304170a30"  # as a browser has drawn them, when it saved the file
 PANEL = "document.querySelector('.sparge-monitor')"
 
 
@@ -32,10 +33,11 @@ class MonitorPage(FrontEnd):
         self.unveil()
         self.look()
 
-    def look(self) -> None:
+    def look(self, number: int = MONITOR) -> None:
+        """Puts a node into view at full size."""
         self.page.evaluate(f"""(async () => {{
           for (let i = 0; i < 3; i++) {{
-            const node = app.graph._nodes.find((found) => String(found.id) === '{MONITOR}');
+            const node = app.graph._nodes.find((found) => String(found.id) === '{number}');
             app.canvas.ds.scale = 1;
             app.canvas.ds.offset[0] = 140 - node.pos[0];
             app.canvas.ds.offset[1] = 150 - node.pos[1];
@@ -60,7 +62,7 @@ class MonitorPage(FrontEnd):
 
 
 def workflow(seed: int, steps: int = STEPS, length: int = 9, cdfthreshd: float = 0.99, whole_size: bool = False) -> dict:
-    """The demo's workflow cut down to a sampler, with a monitor before it; of few tokens unless `whole_size`."""
+    """The demo's workflow cut down to a sampler, with a monitor before it; of few tokens unless `whole_size`. Our nodes have their ids in it."""
     file = comfy_server.HERE / "fixture_pack" / "workflows" / "sparge_demo.json"
     whole = json.loads(file.read_text(encoding="utf-8"))
     nodes = {node["id"]: node for node in whole["nodes"] if node["id"] <= 6}
@@ -69,6 +71,7 @@ def workflow(seed: int, steps: int = STEPS, length: int = 9, cdfthreshd: float =
     for identity, changes in () if whole_size else values.items():
         for at, value in changes.items():
             nodes[identity]["widgets_values"][at] = value
+    nodes[3]["widgets_values"].append(ATTENTION_ID)
     through = next(link for link in links if (link[1], link[3]) == (3, 6))
     links += [[900, 3, 0, MONITOR, 0, "MODEL"], [901, 6, 0, 13, 0, "LATENT"]]
     through[1] = MONITOR
@@ -77,7 +80,7 @@ def workflow(seed: int, steps: int = STEPS, length: int = 9, cdfthreshd: float =
     for node in nodes.values():
         for output in node["outputs"]:
             output["links"] = [link[0] for link in links if link[1] == node["id"]]
-    monitor = {"type": "SpargeMonitor", "pos": [1600, 80], "size": [460, 700], "widgets_values": [True]}
+    monitor = {"type": "SpargeMonitor", "pos": [1600, 80], "size": [460, 700], "widgets_values": [True, MONITOR_ID]}
     monitor["inputs"] = [{"name": "model", "type": "MODEL", "link": 900}]
     monitor["outputs"] = [{"name": "model", "type": "MODEL", "links": [through[0]]}]
     save = {"type": "SaveLatent", "pos": [1200, 80], "size": [300, 60], "outputs": [], "widgets_values": ["monitor"]}

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = ("comfy-core", "0.3.75")  # the oldest version that all of these node chains were run with
 
 # Inputs in the order of the node's schema, then outputs: "name:TYPE" is a slot, "name=TYPE" a widget, "*" the control that follows a seed.
+# Without the `id` of our nodes, which comes last: the browser draws one for each node that it makes, also when it opens a file.
 NODES = {
     "UNETLoader": ("unet_name=COMBO weight_dtype=COMBO", "MODEL:MODEL"),
     "CheckpointLoaderSimple": ("ckpt_name=COMBO", "MODEL:MODEL CLIP:CLIP VAE:VAE"),
@@ -96,8 +97,8 @@ SECTIONS = {
     "report": (5, "What was kept"),
 }
 TITLE, GAP, MARGIN, HEADING, COLUMN_GAP = 30, 40, 20, 50, 90
-HEIGHTS = {"SpargeMonitor": 720, "CLIPTextEncode": 190, "LoadImage": 340, "SaveImage": 460, "SaveVideo": 500, "SpargeReport": 560,
-           "PreviewImage": 420}  # fmt: skip
+HEIGHTS = {"SpargeAttention": 500, "SpargeMonitor": 720, "SpargeReport": 560, "CLIPTextEncode": 190, "LoadImage": 340, "SaveImage": 460,
+           "SaveVideo": 500, "PreviewImage": 420}  # fmt: skip
 NOTE_COLOURS = {"color": "#432", "bgcolor": "#653"}
 
 

@@ -1,4 +1,4 @@
-// Small pieces of page that the monitor is built from.
+// Small pieces of page that the panels on our nodes are built from.
 
 /** An element with attributes and children; `text` becomes textContent, so data is never read as HTML. */
 export function el(tag, { text, ...attributes } = {}, ...children) {
@@ -78,6 +78,13 @@ const CSS = `
 .sparge-picture canvas { image-rendering: pixelated; }
 .sparge-picture > canvas { position: absolute; left: 0; top: 0; width: 100%; height: 100%; }
 .sparge-square { flex: 0 1 auto; aspect-ratio: 1; }
+.sparge-line { position: relative; width: 100%; height: 100%; min-height: 92px; box-sizing: border-box; overflow: hidden; border-radius: 6px;
+  font: 12px/16px Inter, system-ui, sans-serif; text-align: left; cursor: default; color: var(--input-text, #ddd);
+  background: var(--comfy-input-bg, #222); --sparge-faded: var(--descrip-text, #999); }
+.sparge-line-text { position: absolute; inset: 6px 4px 6px 8px; overflow: auto; overflow-wrap: anywhere; scrollbar-width: thin; cursor: text; user-select: text; }
+.sparge-line-text:focus-visible { outline: 2px solid #3b8eea; outline-offset: 2px; border-radius: 2px; }
+.sparge-line-first { font-weight: 600; font-variant-numeric: tabular-nums; }
+.sparge-faded > .sparge-line-first { font-weight: normal; }
 .sparge-tiles { position: absolute; inset: 0; display: grid; gap: 3px; place-content: start; }
 `;
 
@@ -88,7 +95,7 @@ export function legend(gradient, ...more) {
   return { element: el("div", { class: "sparge-legend" }, low, bar, high, ...more), low, high };
 }
 
-/** Adds the monitor's style sheet to the page, once. */
+/** Adds the panels' style sheet to the page, once. */
 export function addStyle() {
   const id = "sparge-monitor-style";
   if (!document.getElementById(id)) document.head.append(el("style", { id, text: CSS }));

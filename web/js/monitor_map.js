@@ -7,7 +7,7 @@ import { TABLE, gradient } from "./lib/palette.js";
 import { choice, el, legend, setText } from "./monitor_dom.js";
 
 export class MapPanel {
-  /** `load(address)` resolves to a Response of the server; `onClose()` is called when the user closes the panel. */
+  /** `load(route, query)` resolves to a Response of the server; `onClose()` is called when the user closes the panel. */
   constructor(t, load, onClose, signal) {
     this.t = t;
     this.load = load;
@@ -48,9 +48,8 @@ export class MapPanel {
     this.element.setAttribute("aria-label", title);
     this.element.hidden = false;
     this.tell(this.t("loading"));
-    const query = new URLSearchParams({ run, step, layer, ...(head ? { head } : {}) });
     try {
-      const response = await this.load(`/sparge_attention/map?${query}`);
+      const response = await this.load("map", { run, step, layer, ...(head ? { head } : {}) });
       const answer = await response.json().catch(() => ({}));
       if (!response.ok) throw new Error(answer.error ?? `HTTP ${response.status}`);
       if (this.wanted === wanted) this.fill(readMap(answer));

@@ -11,7 +11,7 @@ import { MapPanel } from "./monitor_map.js";
 
 export class MonitorView {
   /**
-   * `t`: a translator; `load(address)` resolves to a Response of ComfyUI's server; `names()`: the node's ids as the server knows them;
+   * `t`: a translator; `load(route, query)` resolves to a Response of the pack's routes; `names()`: the node's as the server knows it;
    * `wheel(event)`: what a turn of the wheel does.
    */
   constructor({ t, load, names, wheel }) {
@@ -25,7 +25,7 @@ export class MonitorView {
     this.problem = null; // with the server: "unreachable" or "outdated"
   }
 
-  /** Starts to listen to the user and asks the server what it knows. */
+  /** Starts to listen to the user. */
   attach() {
     if (this.listening) return;
     this.listening = new AbortController();
@@ -35,7 +35,6 @@ export class MonitorView {
       this.schedule();
     });
     this.observer.observe(this.heat.canvas);
-    this.refresh();
     this.schedule();
   }
 
@@ -138,7 +137,7 @@ export class MonitorView {
   }
 
   async ask(name) {
-    const response = await this.load(`/sparge_attention/runs?${new URLSearchParams({ monitor: name })}`);
+    const response = await this.load("runs", { monitor: name });
     if (!response.ok) throw new Error(`HTTP ${response.status}`);
     return { runs: [], ...(await response.json()) };
   }
@@ -167,7 +166,7 @@ export class MonitorView {
       if (this.map.isOpen) this.closeMap();
     }
     this.showText(run);
-    this.heat.element.style.visibility = run ? "" : "hidden"; // else the last run of a server that was restarted would stay on it
+    this.heat.element.style.visibility = run?.steps ? "" : "hidden"; // else the last run of a server that was restarted would stay on it
     if (run) this.showHeat(run);
   }
 

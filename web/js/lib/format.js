@@ -57,7 +57,8 @@ function comparison(run, t) {
 export function progress(run, t) {
   const known = ["layers", "heads", "tokens"].filter((name) => run[name]);
   const sizes = known.map((name) => t(name, { n: name === "tokens" ? integer(run.tokens, t) : run[name] }));
-  return [t(run.state), t("stepOf", { step: Math.min(run.step, run.steps), steps: run.steps }), ...sizes].join(" · ");
+  const place = run.steps ? [t("stepOf", { step: Math.min(run.step, run.steps), steps: run.steps })] : []; // none are known without Sparge Attention
+  return [t(run.state), ...place, ...sizes].join(" · ");
 }
 
 /** One cell in words. Steps count from 1, as the progress bar does; layers from 0. */

@@ -4,7 +4,7 @@
 // A run's `columns` are its statistics, { name, unit, label } each, as its first message named them. `cells` and `stepTotals` hold one array for
 // each, by name: indexed by step * layers + layer, and by step; NaN is "no such number". The server sums up; nothing is added here.
 
-export const VERSION = 2;
+export const VERSION = 3;
 export const MAX_RUNS = 4;
 export const MAX_STEPS = 1024;
 export const MAX_LAYERS = 512;

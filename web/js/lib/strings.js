@@ -8,6 +8,7 @@ export const STRINGS = {
   msTitle: { en: "Attention time of the layer in this step, sparse and dense calls together.", zh: "该层在这一步的注意力时间，稀疏与稠密调用合计。" },
   quantity: { en: "What the heat map shows", zh: "热图显示的数值" },
   waiting: { en: "Waiting for a run: queue the workflow.", zh: "等待运行：请将工作流加入队列。" },
+  noLineYet: { en: "No run yet: queue the workflow. What it did will stand here.", zh: "尚未运行：请将工作流加入队列，结果将显示在此处。" },
   unreachable: { en: "The server does not answer; the numbers may be old.", zh: "服务器没有响应，数值可能已过时。" },
   outdated: {
     en: "The server runs another version of Sparge Attention than this page: reload the page.",
