@@ -11,13 +11,14 @@ GPU_PYTHON ?= $(RUN)
 # What happens in which step of `make gpu-rehearsal`.
 ACCIDENTS ?= speed Mochi 22k=hang,ptx sm_86=crash,speed Wan 14B 75k=fault,2^31=memory,ptx sm_80=wrong
 
-.PHONY: help setup test test-install test-ptx proof demo serve gpu gpu-carry gpu-rehearsal bench bench-models bench-torch bench-monitor clean
+.PHONY: help setup test test-install soak test-ptx proof demo serve gpu gpu-carry gpu-rehearsal bench bench-models bench-torch bench-monitor clean
 
 help:
 	@echo "make demo         sample a tiny video model dense and sparse in a real ComfyUI, print the comparison, save the pictures"
 	@echo "make serve        the same server left open in the browser, with the workflow loaded"
 	@echo "make test         every test but those of test-ptx and test-install, and the linter"
 	@echo "make test-install  the pack through comfy-cli and ComfyUI-Manager, which are installed from PyPI for that"
+	@echo "make soak         two clients queue mixed graphs of tiny models in a real ComfyUI for ten minutes, every count checked; MINUTES=60, SEED=1"
 	@echo "make test-ptx     every packaged kernel as the compiler's PTX, run on this CPU"
 	@echo "make proof        every interleaving of the protocol of Hopper's kernel, however it may be built; takes long"
 	@echo "make gpu          the first ten minutes on an NVIDIA GPU: is every kernel right, how fast, what to change next; goes on where it ended"
@@ -40,6 +41,9 @@ test: setup
 
 test-install: setup
 	@$(RUN) -m pytest -m tools tests/install
+
+soak: setup
+	@$(RUN) tools/comfyui/soak.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
 
 test-ptx: setup
 	@$(TEST) -m ptx_all tests/ptx

@@ -100,6 +100,16 @@ def set_attention_override(model, override) -> None:
     model.model_options.setdefault("transformer_options", {})[KEY] = override
 
 
+def has_compile_wrapper(model) -> bool:
+    """Whether ComfyUI's compile node, or one that works as it does, has compiled the model or parts of it for its model calls."""
+    return bool(model.wrappers.get(WRAPPERS.APPLY_MODEL, {}).get("torch.compile"))
+
+
+def object_patches(model) -> list:
+    """What nodes have put in the place of modules of the model, for the time that it is loaded."""
+    return list(getattr(model, "object_patches", {}).values())
+
+
 def diffusion_model(base_model):
     return base_model.diffusion_model
 
@@ -177,8 +187,24 @@ def user_folder() -> Path | None:
     return None if get is None else Path(get())
 
 
-def output_path(prefix: str, extension: str) -> tuple[str, dict]:
-    """A new file in ComfyUI's output folder, and how the browser is told about it."""
+def refused_prefix(prefix: str) -> str | None:
+    """Why files cannot be named after `prefix`, the end of a sentence that begins with the input's name; None when they can."""
+    if not os.path.basename(prefix).strip():
+        return f"must end with a name for the files, got {prefix!r}; write a subfolder and a name, such as sparge/report"
+    root = os.path.abspath(folder_paths.get_output_directory())
+    path = os.path.abspath(os.path.join(root, prefix))
+    try:
+        inside = path != root == os.path.commonpath([root, path])
+    except ValueError:  # another drive
+        inside = False
+    return None if inside else f"must stay inside ComfyUI's output folder, got {prefix!r}; leave out '..' and what stands before the subfolder"
+
+
+def output_path(prefix: str) -> tuple[str, dict]:
+    """The path of a new file in ComfyUI's output folder, without its ending, and how the browser is told about it.
+
+    prefix : subfolder and name as ComfyUI's save nodes take them, %year% and the like filled in; the next free number follows it.
+    """
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
-    file = f"{name}_{counter:05}_.{extension}"
+    file = f"{name}_{counter:05}_"
     return os.path.join(folder, file), {"filename": file, "subfolder": subfolder, "type": "output"}

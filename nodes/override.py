@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _comfy, _kernels, geometry, reasons
+from . import _comfy, _kernels, compiled, geometry, reasons
 from .maps import Pooled
 from .recorder import Run, Timed, Timer, check_device
 from .run_state import CallContext
@@ -82,7 +82,7 @@ class Request:
 class AttentionOverride:
     """What ComfyUI calls for every attention call of a patched model. It has no `container_function`, so it always gets plain tensors.
 
-    key : the entry of transformer_options with the `CallContext` of the model call. previous : the override that was on top before, or None.
+    key : under which it finds the `CallContext` of the model call (`compiled.call_of`). previous : the override that was on top before, or None.
     """
 
     def __init__(self, previous):
@@ -96,7 +96,7 @@ class AttentionOverride:
     @torch.compiler.disable
     def __call__(self, func, *args, **kwargs):
         request = Request.bind(*args, **kwargs)
-        call = request.options.get(self.key)
+        call = compiled.call_of(request.options, self.key)
         if call is None:  # no model call of a sampler run: nothing is known, nothing is counted
             return (self.previous or _plain)(func, *args, **kwargs)
         if call.depth:  # an override below ours called us again: this call is decided already
@@ -106,8 +106,6 @@ class AttentionOverride:
             decision = _not_now(request, call, paused) or self._paced(decide(request, call), request, call)
             if isinstance(decision, Sparse):
                 out, timed = self._sparse(request, call, decision)
-                if run.wants_dense(timed):  # not recorded either: no other block allocates what this one does then
-                    _time_dense(run, timed, request.q.device, lambda: self._instead(call, func, args, kwargs))
         if isinstance(decision, Dense):
             timer = None if decision.layer is None else Timer(request.q.device)
             out = self._earlier(call, func, args, kwargs)
@@ -116,6 +114,8 @@ class AttentionOverride:
             return out
         for other in call.below:
             other.answered_above(request.s_q, request.options)
+        if run.wants_dense(timed):
+            _time_dense(run, timed, request.q.device, lambda: self._instead(call, func, args, kwargs))
         return out
 
     def _sparse(self, request: Request, call: CallContext, decision: Sparse) -> tuple[Tensor, Timed]:
@@ -148,7 +148,7 @@ class AttentionOverride:
 
     def _instead(self, call: CallContext, func, args, kwargs):
         """What would have answered the call without any Sparge Attention. None of ours finds its model call, so none decides or counts this one."""
-        options = {name: value for name, value in kwargs["transformer_options"].items() if not isinstance(value, CallContext)}
+        options = compiled.without_calls(kwargs["transformer_options"])
         first = call.adopted if call.adopted is not None else self.previous
         return (first or _plain)(func, *args, **{**kwargs, "transformer_options": options})
 
@@ -170,7 +170,7 @@ def _plain(func, *args, **kwargs):
 def _answers_for_sparse(request: Request, call: CallContext) -> bool:
     """Whether what answers this dense call would answer a sparse one of its shape alike: in the same precision, and by no other node of ours."""
     full_precision = request.full_precision or request.attn_precision == torch.float32 != request.q.dtype
-    return not full_precision and not any(isinstance(value, CallContext) and value is not call for value in request.options.values())
+    return not full_precision and all(other is call for other in compiled.calls_in(request.options))
 
 
 def _not_now(request: Request, call: CallContext, paused: ExitStack) -> Dense | None:

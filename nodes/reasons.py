@@ -35,6 +35,14 @@ SLOWER_FROM_NOW = "sparse was slower ({what}), so later runs do not run such cal
 NUMBERS_LOST = "the numbers of {calls} could not be copied from the device and are left out ({error})"
 FEW_STEPS = "few steps: at most the first stays dense"
 LISTS_NONE = "dense_blocks: {entries} lists none of the model's {total} layers; correct it or leave it empty"
+FULLGRAPH = (
+    "Sparge Attention works between the compiled parts of a model, and fullgraph leaves no between: "
+    "switch fullgraph off in the node that compiles the model (torch.compile)"
+)
+LAYERS_MISSING = (
+    "only {seen} of the model's {total} layers asked this node: unless another node leaves layers out, the compiled model (torch.compile) "
+    "runs code that was traced without Sparge Attention; restart ComfyUI, or take the node out that compiles the model"
+)
 ANSWERED_ABOVE = "another Sparge Attention node, after this one, ran {n:,} of its calls"
 NO_MAP = "a block map could not be made for the monitor ({error})"
 
@@ -43,4 +51,8 @@ NEVER_ROUTED = "ComfyUI does not route the attention of {family} through its hoo
 STOPPED = "stopped by you"
 ENDED_EARLY = "the run ended early ({error})"
 NOTHING_SEEN = "no attention call reached this node: another node's attention patch answered them all, or the model has none"
+TRACED_WITHOUT = (
+    "no attention call reached this node: the compiled model (torch.compile) runs code that was traced without Sparge Attention; "
+    "restart ComfyUI, or take the node out that compiles the model"
+)
 SECOND_MODEL = "not used: the guider runs this model second, with the nodes of its first model; put Sparge Attention on the first one"

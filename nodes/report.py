@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from . import _comfy, export, maps, telemetry
 from ._comfy import io, ui
@@ -19,12 +23,72 @@ MAX_IMAGE = 512  # pixels of the longer edge of the images that lie under the ma
 NO_RUN = "no run since the last report"
 
 
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What the files are made of: the runs as `Run.to_dict` gives them, a heat map of each, the frames of all, and the block maps of each."""
+
+    runs: list[dict]
+    heat_maps: list[Image.Image]
+    frames: list[Image.Image]
+    layers: list[list[block_maps.LayerMaps]]
+
+    def write_page(self, path: Path) -> None:
+        path.write_bytes(export.to_html(self.runs, self.layers, time.strftime("%Y-%m-%d %H:%M")).encode())
+
+    def write_animation(self, path: Path) -> None:
+        animation.write(self.frames, path)
+
+
+FORMATS: dict[str, Callable[[Report, Path], object]] = {
+    "png": lambda report, path: path.write_bytes(export.to_png(report.heat_maps, report.runs)),
+    "html": Report.write_page,
+    "json": lambda report, path: path.write_bytes(export.to_json(report.runs).encode()),
+    "csv": lambda report, path: path.write_bytes(export.to_csv(report.runs).encode()),
+    "gif": Report.write_animation,
+    "webp": Report.write_animation,
+    "mp4": Report.write_animation,
+}
+"""What a report can be saved as: the ending of the file, and who writes it."""
+
+DEFAULT_FORMATS = "png, html"
+PREFIX = "sparge/report"  # a subfolder of its own, so that reports do not lie between the pictures
+
+
+def names_in(formats: str) -> list[str]:
+    return [name.lower().removeprefix(".") for name in re.split(r"[,;\s]+", formats) if name]
+
+
+def formats_of(text: str) -> list[str]:
+    """The formats that a checked text asks for, each once and in the table's order: "html, png", "all", or "none" for no file at all."""
+    names = names_in(text)
+    return [name for name in FORMATS if name in names or "all" in names]
+
+
+def refusal(formats: str, prefix: str) -> str | None:
+    """What is wrong with the two inputs, as a sentence; None when nothing is."""
+    for name, value in (("formats", formats), ("filename_prefix", prefix)):
+        if not isinstance(value, str):
+            return f"{name} must be text, got {value!r}; convert it to a string"
+    names = names_in(formats)
+    wrong = next((name for name in names if name not in (*FORMATS, "all", "none")), None)
+    if wrong is not None or not names or ("none" in names and set(names) != {"none"}):
+        got = repr(formats if wrong is None else wrong)
+        return f"formats must list some of {', '.join(FORMATS)}, or be all or none, got {got}; '{DEFAULT_FORMATS}' saves the picture and the page"
+    no = _comfy.refused_prefix(prefix)
+    return None if no is None else f"filename_prefix {no}"
+
+
 class SpargeReport(io.ComfyNode):
-    """Shows every run since its last report as heat maps, one picture a step, an animation, numbers and a page."""
+    """Shows every run since its last report as heat maps, one picture a step, numbers and a page, and saves what is asked for."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        inputs = [io.Model.Input("model"), io.MultiType.Input("data", types=[io.Latent, io.Image])]
+        inputs = [
+            io.Model.Input("model"),
+            io.MultiType.Input("data", types=[io.Latent, io.Image]),
+            io.String.Input("formats", default=DEFAULT_FORMATS, optional=True),  # optional: prompts of the time before it run
+            io.String.Input("filename_prefix", default=PREFIX, optional=True),
+        ]
         outputs = [
             io.AnyType.Output("data_out"),
             io.Image.Output("heat_map"),
@@ -39,25 +103,34 @@ class SpargeReport(io.ComfyNode):
         return telemetry.runs.latest
 
     @classmethod
-    def execute(cls, model, data) -> io.NodeOutput:
+    def validate_inputs(cls, formats=None, filename_prefix=None) -> bool | str:
+        """Before anything is sampled, so that a wrong name does not end a prompt after all its work. What comes over a link is absent or None."""
+        return refusal(DEFAULT_FORMATS if formats is None else formats, PREFIX if filename_prefix is None else filename_prefix) or True
+
+    @classmethod
+    def execute(cls, model, data, formats=DEFAULT_FORMATS, filename_prefix=PREFIX) -> io.NodeOutput:
         _comfy.check_model(model)
+        wrong = refusal(formats, filename_prefix)
+        if wrong is not None:
+            raise ValueError(wrong)
         node = str(cls.hidden.unique_id) if cls.hidden is not None else "script"
-        last = telemetry.runs.last_shown(node)
+        before = telemetry.runs.shown(node)
         found = telemetry.runs.for_report(node, [patch.key for patch in patches_of(model)])
-        is_new = bool(found) and found[-1].number > last
+        is_new = bool(found) and found[-1].number > before.last
         shown = [run.to_dict() for run in found] or [empty_run()]
-        if not is_new:  # the sampler was cached, or ran without Sparge Attention: the same numbers again, and no second set of files
+        if not is_new:  # the sampler was cached, or ran without Sparge Attention: the same numbers again
             shown = [{**run, "note": "; ".join(filter(None, (run["note"], NO_RUN)))} if found else run for run in shown]
-        heat_maps = [heat_map.heat_map(run) for run in shown]
         frames = [frame for run in shown for frame in step_frames(run, max(1, MAX_FRAMES // len(shown)))]
         layers = [layer_maps(run, images_of(data)) for run in found] or [[]]
+        report = Report(shown, [heat_map.heat_map(run) for run in shown], frames, layers)
         titles = [f"{run.get('model') or 'no run'} \xb7 blocks kept, run {run['run']}" for run in shown]
         sheets = [block_maps.sheet(title, of) for title, of in zip(titles, layers, strict=True)]
-        files = save(frames, heat_maps, layers, shown) if is_new else []
-        drawn = batch(heat_maps)
+        unsaved = [name for name in formats_of(formats) if found and (is_new or name not in before.formats)]  # no file twice
+        files = save(report, unsaved, filename_prefix)
+        drawn = batch(report.heat_maps)
         preview = ui.PreviewImage(drawn, cls=cls).as_dict()
         outputs = data, drawn, batch(frames), export.to_json(shown), batch(sheets)
-        telemetry.runs.mark_shown(node, found)  # last: a report that failed shows them the next time
+        telemetry.runs.mark_shown(node, found, unsaved)  # last: a report that failed shows them the next time
         return io.NodeOutput(*outputs, ui={**preview, "sparge_files": files})
 
 
@@ -90,24 +163,14 @@ def images_of(data) -> np.ndarray | None:
     return data[:, ::every, ::every, channels].float().cpu().numpy()
 
 
-def save(frames: list, heat_maps: list, layers: list[list[block_maps.LayerMaps]], runs: list[dict]) -> list[dict]:
-    """Writes every file of the report under one number to the output folder; returns how the browser finds them."""
+def save(report: Report, formats: list[str], prefix: str) -> list[dict]:
+    """Writes the report in each of `formats` under one number; returns how the browser finds the files."""
     files = []
-    first, entry = _comfy.output_path("sparge_report", "gif")
-    written = time.strftime("%Y-%m-%d %H:%M")
-    contents = {
-        "gif": None,
-        "mp4": None,
-        "json": export.to_json(runs).encode(),
-        "webp": None,
-        "png": export.to_png(heat_maps, runs),
-        "csv": export.to_csv(runs).encode(),
-        "html": export.to_html(runs, layers, written).encode(),
-    }
-    for extension, content in contents.items():
-        path = Path(first).with_suffix(f".{extension}")
-        animation.write(frames, path) if content is None else path.write_bytes(content)
-        files.append({**entry, "filename": path.name})
+    if formats:
+        path, entry = _comfy.output_path(prefix)
+        for name in formats:
+            FORMATS[name](report, Path(f"{path}.{name}"))
+            files.append({**entry, "filename": f"{entry['filename']}.{name}"})
     return files
 
 

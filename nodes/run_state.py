@@ -9,7 +9,7 @@ import logging
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from . import _comfy, _kernels, geometry, reasons, remarks, schedule, telemetry, transport
+from . import _comfy, _kernels, compiled, geometry, reasons, remarks, schedule, telemetry, transport
 from .chain import leads_to
 from .pace import Pace
 from .settings import Settings, listing_none, parse_blocks
@@ -68,20 +68,23 @@ class Patch:
         """Wrapper around one model call: makes the context that the override reads, and puts the override back on top where it was replaced."""
         options = dict(transformer_options or {})
         if self.run is None:
-            return executor(x, t, c_concat, c_crossattn, control, options, **conds)
+            with compiled.own_code():
+                return executor(x, t, c_concat, c_crossattn, control, options, **conds)
         sigma = options.get("sigmas")
         moment = self.run.at(t if sigma is None else sigma)
         model = _comfy.diffusion_model(executor.class_obj)
         context = 0 if c_crossattn is None else c_crossattn.shape[1]
         call = CallContext(self.run, geometry.ModelCall(model, _latent_shape(x, conds), context, conds, options), moment)
-        options[self.key] = call
+        compiled.open_call(options, self.key, call)
         found = options.get(_comfy.KEY)
         if not leads_to(found, self.override):
             call.adopted = found
             self.run.telemetry.warning = reasons.REPLACED
-            options[_comfy.KEY] = self.override
+            found = self.override
+        options[_comfy.KEY] = self.run.compiled.on_top(found, self.override)
         call.find_below()
-        out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
+        with compiled.own_code():
+            out = executor(x, t, c_concat, c_crossattn, control, options, **conds)
         call.finish()  # not where it failed: the last layer that it came to is not the model's last
         return out
 
@@ -140,6 +143,7 @@ class RunState:
             },
         )
         self.telemetry.total_layers = patch.total_layers or 0
+        self.compiled = compiled.Watch(patcher)
         if self.settings.is_reference:
             self.telemetry.note = reasons.REFERENCE
         self.pace = Pace(self.settings, self.telemetry.monitors)
@@ -167,6 +171,8 @@ class RunState:
             pass  # it ended early, which says nothing about who answers the model's calls
         elif self.family is not None and self.family.parts is None:
             self.telemetry.note = reasons.NEVER_ROUTED.format(family=self.family.name)
+        elif self.sigmas and (missing := self.compiled.note(self.telemetry, self.patch.total_layers or 0)):
+            self._add_note(missing)
         elif self.telemetry.calls == 0 and self.sigmas:
             self.telemetry.note = reasons.NOTHING_SEEN
         if self.telemetry.answered_above:
@@ -217,8 +223,9 @@ class CallContext:
     def find_below(self) -> None:
         """Finds the other nodes of ours that get what this one leaves: their wrappers have made their contexts already."""
         ours = self.run.patch.override
-        others = [other for other in self.model_call.options.values() if isinstance(other, CallContext) and other is not self]
-        for other in others:
+        for other in compiled.calls_in(self.model_call.options):
+            if other is self:
+                continue
             if leads_to(other.run.patch.override.previous, ours):
                 other.below.append(self)
             elif leads_to(ours.previous, other.run.patch.override):
@@ -258,3 +265,4 @@ class CallContext:
             patch = self.run.patch
             patch.total_layers = max(patch.total_layers or 0, self.layers)
             self.run.telemetry.total_layers = patch.total_layers
+            self.run.compiled.layers = max(self.run.compiled.layers, self.layers)

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from .maps import HeadMaps
 from .recorder import Run
 
 MAX_RUNS = 8
 MAX_STORED_MAP_BYTES = 64 << 20  # of all closed runs; beyond it the oldest lose their maps
+
+
+class Shown(NamedTuple):
+    """What a report has shown: the first and the last number of its runs, and the formats of the files that it saved of them."""
+
+    first: int = 0
+    last: int = 0
+    formats: frozenset[str] = frozenset()
 
 
 class Runs:
@@ -19,7 +29,7 @@ class Runs:
         self.closed: deque[Run] = deque(maxlen=MAX_RUNS)
         self.unpatched: deque[Run] = deque(maxlen=MAX_RUNS)  # of models without our patch: no numbers, only the warning of a monitor
         self.latest = 0
-        self._shown: dict[str, tuple[int, int]] = {}  # the first and the last number of the runs that a report showed
+        self._shown: dict[str, Shown] = {}
 
     def open(self, **known) -> Run:
         self.latest += 1
@@ -54,26 +64,29 @@ class Runs:
         known = {run.number: run for run in [*self.running, *self.closed, *self.unpatched] if monitor in run.monitors}
         return [known[number] for number in sorted(known)]
 
-    def last_shown(self, report: str) -> int:
-        """The number of the last run that `report` showed; 0 before the first."""
-        return self._shown.get(report, (0, 0))[1]
+    def shown(self, report: str) -> Shown:
+        """What `report` showed last; zeros before the first time."""
+        return self._shown.get(report, Shown())
 
     def for_report(self, report: str, owners: list[str]) -> list[Run]:
         """The runs since those that `report` showed; when there is none, the ones it showed last.
 
         `owners` limits them to the runs of these patches; empty: all runs.
         """
-        first, last = self._shown.get(report, (0, 0))
+        first, last, _ = self.shown(report)
         known = sorted((r for r in self.closed if not owners or r.owner in owners), key=lambda r: r.number)  # an inner run closes first
         chosen = [r for r in known if r.number > last]
         return chosen or [r for r in known if first <= r.number <= last]
 
-    def mark_shown(self, report: str, shown: list[Run]) -> None:
-        """What `for_report` gave is shown: to be said once nothing can go wrong any more."""
-        if shown and shown[-1].number > self.last_shown(report):
+    def mark_shown(self, report: str, found: list[Run], formats: Iterable[str] = ()) -> None:
+        """What `for_report` gave is shown, and saved in `formats`: to be said once nothing can go wrong any more."""
+        before = self.shown(report)
+        if found and found[-1].number > before.last:
             if len(self._shown) >= 64 and report not in self._shown:
                 self._shown.pop(next(iter(self._shown)))
-            self._shown[report] = (shown[0].number, shown[-1].number)
+            self._shown[report] = Shown(found[0].number, found[-1].number, frozenset(formats))
+        elif found:
+            self._shown[report] = before._replace(formats=before.formats.union(formats))
 
 
 runs = Runs()

@@ -94,11 +94,51 @@ def test_demo_workflow_matches_the_nodes(server):
         assert identity in nodes[source]["outputs"][source_slot]["links"]
         assert nodes[target]["inputs"][target_slot]["link"] == identity
     for node in nodes.values():
-        known = info[node["type"]]["input"]
-        declared = [*known.get("required", {}), *known.get("optional", {})]
-        assert [given["name"] for given in node["inputs"]] == declared, node["type"]
+        assert mismatch(node, info[node["type"]]) is None
         widgets = [given["name"] for given in node["inputs"] if "widget" in given]
         assert len(node["widgets_values"]) == len(widgets) + ("seed" in widgets), node["type"]  # a seed is followed by its control
+
+
+def mismatch(node: dict, known: dict) -> str | None:
+    """Why a saved node is not what the server declares, or None. A core node may have gained optional inputs behind the widgets that were saved."""
+    required, optional = (known["input"].get(kind, {}) for kind in ("required", "optional"))
+    declared, given = {**required, **optional}, [entry["name"] for entry in node["inputs"]]
+    is_core = not known["python_module"].startswith("custom_nodes.")
+    wanted = [name for name in declared if name in required or name in given or not is_core]
+    if given != wanted:
+        return f"{node['type']} has {given}, wanted {wanted}"
+    saved = [entry["name"] for entry in node["inputs"] if "widget" in entry]
+    widgets = [name for name, declaration in declared.items() if name in saved or (name not in given and is_widget(*declaration))]
+    return None if widgets[: len(saved)] == saved else f"{node['type']} saves values of {saved}, and the front end reads them as those of {widgets}"
+
+
+def is_widget(kind, options: dict | None = None) -> bool:
+    return not (options or {}).get("forceInput") and (isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"))
+
+
+SAVED = {"type": "Made", "inputs": [{"name": "images"}, {"name": "fps", "widget": {}}, {"name": "text", "widget": {}}, {"name": "audio"}]}
+REQUIRED, OPTIONAL = {"images": ["IMAGE"], "fps": ["FLOAT", {}]}, {"text": ["STRING", {}], "audio": ["AUDIO"]}
+
+
+@pytest.mark.parametrize(
+    ("required", "optional", "words"),
+    [
+        (REQUIRED, OPTIONAL, None),
+        (REQUIRED, {**OPTIONAL, "depth": [["8", "10"], {}], "more": ["MASK"]}, None),
+        (REQUIRED, {"mask": ["MASK"], **OPTIONAL}, None),
+        ({"images": ["IMAGE"], "rate": ["FLOAT", {}]}, OPTIONAL, "wanted ['images', 'rate'"),
+        ({**REQUIRED, "size": ["INT", {}]}, OPTIONAL, "wanted ['images', 'fps', 'size'"),
+        ({"fps": ["FLOAT", {}], "images": ["IMAGE"]}, OPTIONAL, "wanted ['fps', 'images'"),
+        (REQUIRED, {"text": ["STRING", {}]}, "has ['images', 'fps', 'text', 'audio']"),
+        (REQUIRED, {"depth": ["INT", {}], **OPTIONAL}, "reads them as those of ['fps', 'depth', 'text']"),
+    ],
+    ids=["same", "new", "new socket", "renamed", "new and required", "moved", "gone", "new between"],
+)
+def test_what_a_mismatch_is(required, optional, words):
+    known = {"input": {"required": required, "optional": optional}}
+    said = mismatch(SAVED, {**known, "python_module": "comfy_extras.nodes_video"})
+    assert said is None if words is None else words in said
+    assert (mismatch(SAVED, {**known, "python_module": "custom_nodes.ours"}) is None) == (optional == OPTIONAL and words is None)
 
 
 def test_start_that_fails_shows_the_log_and_leaves_nothing(tree):

@@ -19,6 +19,7 @@ MODULES = (
     "_comfy",
     "_kernels",
     "chain",
+    "compiled",
     "export",
     "geometry",
     "maps",
@@ -111,6 +112,31 @@ def last_run(nodes):
     return lambda: nodes.telemetry.runs.closed[-1].to_dict()
 
 
+@pytest.fixture
+def sampled(nodes, last_run):
+    """`sampled(model, patcher)`: the latents of three steps and the run, or None where none was opened."""
+
+    def sample(model, patcher=None, **how):
+        import comfy_models
+
+        before = nodes.telemetry.runs.latest
+        out = comfy_models.sample(model, patcher, steps=3, **how)
+        return out, last_run() if nodes.telemetry.runs.latest > before else None
+
+    return sample
+
+
+@pytest.fixture
+def dynamo(request):
+    """A backend of torch.compile that counts. Nothing that was compiled in a test is left to the next one; nothing is forgotten within one."""
+    import torch._dynamo
+    from compiled_models import Backend
+
+    torch._dynamo.reset()
+    yield Backend(getattr(request, "param", "eager"))
+    torch._dynamo.reset()
+
+
 class Browser:
     """A PromptServer: `sent` has the data of our events as a browser gets them, `routes` what extensions register."""
 
@@ -198,7 +224,8 @@ class Direct:
         self.state.family = None
         call = nodes.geometry.ModelCall(object(), (1, 16, 1, 8, 8), context_tokens, {}, {})
         self.context = nodes.run_state.CallContext(self.state, call)
-        self.options = {self.patch.key: self.context, KEY: self.patch.override}
+        self.options = {KEY: self.patch.override}
+        nodes.compiled.open_call(self.options, self.patch.key, self.context)
 
     def __call__(self, *args, **kwargs):
         """ComfyUI's own attention function, decorated as its models call it."""

@@ -77,7 +77,7 @@ def spy_on(patcher, patches, reference, keep, length):
             outputs[name] = rows(patch.override(func, *args, **kwargs))
         first = next(iter(patches.values()))
         options = kwargs["transformer_options"]
-        keep(outputs, options[first.key].spans(given["q"].shape[axis], options), options)
+        keep(outputs, options["sparge_calls"].contexts[first.key].spans(given["q"].shape[axis], options), options)
         return func(*args, **kwargs)
 
     def put_on_top(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **conds):

@@ -100,7 +100,7 @@ def test_outside_a_run(nodes, direct, passing):
     earlier = passing()
     for previous in (earlier, None):
         ours = direct(previous)
-        del ours.options[ours.patch.key]
+        del ours.options[nodes.compiled.CALLS]
         q, k, v = qkv()
         assert torch.equal(ours(q, k, v, H, skip_reshape=True), ours.options[KEY].previous(plain(), q, k, v, H, skip_reshape=True)
                            if previous else plain()(q, k, v, H, skip_reshape=True))  # fmt: skip
@@ -187,8 +187,9 @@ def test_gradients_come_before_the_window(direct):
     assert ours.reasons() == ["inputs need gradients (there is no backward)"]
 
 
-ELSEWHERE = {"CAPTURED", "RECORDED", "ANSWERED_ABOVE", "SECOND_MODEL", "STOPPED", "REFERENCE", "NUMBERS_LOST", "SLOWER", "SLOWER_FROM_NOW"}
-"""Of test_allocation_graph.py, test_compositions.py, test_threads.py and test_pace.py."""
+ELSEWHERE = {"CAPTURED", "RECORDED", "ANSWERED_ABOVE", "SECOND_MODEL", "STOPPED", "REFERENCE", "NUMBERS_LOST", "SLOWER", "SLOWER_FROM_NOW",
+             "TRACED_WITHOUT", "LAYERS_MISSING", "FULLGRAPH"}  # fmt: skip
+"""Of test_allocation_graph.py, test_compositions.py, test_threads.py, test_pace.py and test_compiled.py."""
 
 
 def test_all_reasons_are_provoked_here(nodes):

@@ -36,7 +36,12 @@ SPARGE_ATTENTION = [
     ("optional", "policy", "SPARGE_POLICY", {}),
 ]
 SPARGE_MONITOR = [("required", "model", "MODEL", {}), ("required", "measure_dense", "BOOLEAN", {"default": True})]
-SPARGE_REPORT = [("required", "model", "MODEL", {}), ("required", "data", "LATENT,IMAGE", {})]
+SPARGE_REPORT = [
+    ("required", "model", "MODEL", {}),
+    ("required", "data", "LATENT,IMAGE", {}),
+    ("optional", "formats", "STRING", {"default": "png, html", "multiline": False}),
+    ("optional", "filename_prefix", "STRING", {"default": "sparge/report", "multiline": False}),
+]
 
 
 def table_of(node) -> list:

@@ -30,15 +30,20 @@ def folders(comfy, tmp_path, monkeypatch):
 
 @pytest.fixture
 def report(nodes, folders, monkeypatch):
-    """`report(model, data)`: the node's result as node 9 of a graph."""
+    """`report(model, data)`: the node's result as node 9 of a graph; `saved`: its inputs formats and filename_prefix."""
     node = nodes.report.SpargeReport
 
-    def execute(model, data=None, unique_id="9"):
+    def execute(model, data=None, unique_id="9", **saved):
         hidden = None if unique_id is None else SimpleNamespace(unique_id=unique_id, prompt=None, extra_pnginfo=None)
         monkeypatch.setattr(node, "hidden", hidden, raising=False)
-        return node.execute(getattr(model, "patcher", model), {"samples": torch.zeros(1, 4, 8, 8)} if data is None else data)
+        return node.execute(getattr(model, "patcher", model), {"samples": torch.zeros(1, 4, 8, 8)} if data is None else data, **saved)
 
     return execute
+
+
+def written(folder) -> list[str]:
+    """Every file below a folder."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def sampled(model, patcher, steps=2):
@@ -50,7 +55,7 @@ def sampled(model, patcher, steps=2):
 def test_outputs(nodes, tiny, patched, last_run, report, folders, data):
     model = tiny("wan_t2v")
     patcher = sampled(model, patched(model, end_percent=0.6), steps=3)
-    result = report(patcher, data)
+    result = report(patcher, data, formats="all")
     passed, heat_map, frames, text, maps = result.args
     assert passed is data
     for images, count in ((heat_map, 1), (frames, 3), (maps, 1)):
@@ -63,16 +68,15 @@ def test_outputs(nodes, tiny, patched, last_run, report, folders, data):
     assert json.loads(text, parse_constant=pytest.fail) == told  # no NaN or Infinity
 
     files = result.ui["sparge_files"]
-    assert [name["filename"].rsplit(".", 1)[1] for name in files] == ["gif", "mp4", "json", "webp", "png", "csv", "html"]
-    assert len({name["filename"].rsplit(".", 1)[0] for name in files}) == 1  # one number
-    paths = [folders / "output" / file["subfolder"] / file["filename"] for file in files]
-    assert {path.name for path in (folders / "output").iterdir()} == {path.name for path in paths}
-    assert all(file["type"] == "output" for file in files)
-    with Image.open(paths[0]) as gif:
+    assert [file["filename"] for file in files] == [f"report_00001_.{name}" for name in ("png", "html", "json", "csv", "gif", "webp", "mp4")]
+    assert all((file["subfolder"], file["type"]) == ("sparge", "output") for file in files)
+    path = {file["filename"].rpartition(".")[2]: folders / "output" / file["subfolder"] / file["filename"] for file in files}
+    assert written(folders / "output") == sorted(f"sparge/{file['filename']}" for file in files)
+    with Image.open(path["gif"]) as gif:
         assert gif.format == "GIF" and gif.n_frames == 3 and gif.size == (960, 720)
-    assert paths[1].stat().st_size > 1000 and paths[1].read_bytes()[4:8] == b"ftyp"
-    assert paths[2].read_text(encoding="utf-8") == text
-    with Image.open(paths[3]) as webp, Image.open(paths[4]) as png:
+    assert path["mp4"].stat().st_size > 1000 and path["mp4"].read_bytes()[4:8] == b"ftyp"
+    assert path["json"].read_text(encoding="utf-8") == text
+    with Image.open(path["webp"]) as webp, Image.open(path["png"]) as png:
         assert webp.format == "WEBP" and webp.n_frames == 3 and webp.size == (960, 720)
         assert json.loads(png.text["sparge"]) == told
         assert np.abs(np.asarray(png) / 255 - heat_map[0].numpy()).max() < 1 / 256
@@ -100,10 +104,10 @@ def test_the_same_numbers_from_the_kernels_to_every_file(nodes, tiny, patched, r
     monkeypatch.setattr(nodes._kernels, "attend", noted)
     monkeypatch.setattr(nodes.recorder.Run, "sparse", placed)
     model = tiny("wan_t2v", latent=(1, 16, 2, 64, 64))
-    result = report(sampled(model, patched(model, end_percent=0.6, cdfthreshd=0.5), steps=3))
+    result = report(sampled(model, patched(model, end_percent=0.6, cdfthreshd=0.5), steps=3), formats="json, csv, html")
     assert len({info.density.double().mean().item() for of in calls.values() for info in of}) > 2, "densities are all the same"
     (run,) = json.loads(result.args[3])["runs"]
-    read = {file["filename"][-4:]: (folders / "output" / file["filename"]).read_bytes() for file in result.ui["sparge_files"]}
+    read = {file["filename"][-4:]: (folders / "output" / "sparge" / file["filename"]).read_bytes() for file in result.ui["sparge_files"]}
     rows = list(csv.DictReader(io.StringIO(read[".csv"].decode("utf-8"), newline="")))
     page = read["html"].decode("utf-8")
     assert len(rows) == len(run["cells"]) > len(calls) > 0
@@ -125,10 +129,10 @@ def test_no_run_since_the_last_report_is_said_and_saves_nothing(tiny, patched, r
     model = tiny("wan_t2v", latent=(1, 16, 2, 64, 64))
     patched_model = sampled(model, patched(model), steps=2)
     first = report(patched_model)
-    saved = sorted((folders / "output").iterdir())
+    saved = written(folders / "output")
     again = report(patched_model)
     bypassed = report(model.patcher)
-    assert len(first.ui["sparge_files"]) == 7 and sorted((folders / "output").iterdir()) == saved
+    assert len(first.ui["sparge_files"]) == len(saved) == 2 and written(folders / "output") == saved
     runs = [json.loads(result.args[3])["runs"] for result in (first, again, bypassed)]
     assert [len(of) for of in runs] == [1, 1, 1] and len({of[0]["run"] for of in runs}) == 1
     for result, (run,) in zip((again, bypassed), runs[1:], strict=True):
@@ -157,7 +161,7 @@ def test_maps_of_a_watched_run(nodes, pack, tiny, patched, report, folders, imag
         result.args[4][0].numpy(),
         nodes.animation.to_array(nodes.block_maps.sheet(f"{run.metadata['model']} \xb7 blocks kept, run {run.number}", of)),
     )
-    page = (folders / "output" / result.ui["sparge_files"][6]["filename"]).read_text(encoding="utf-8")
+    page = (folders / "output" / "sparge" / result.ui["sparge_files"][1]["filename"]).read_text(encoding="utf-8")
     assert page.count("<img ") == 3 * len(of)
 
 
@@ -170,7 +174,7 @@ def test_images_that_are_not_rgb(nodes, pack, tiny, patched, report, folders, ch
     found = nodes.report.images_of(images)
     expected = images[..., :3] if channels > 2 else images[..., :1].expand(-1, -1, -1, 3)
     assert np.array_equal(found, expected.numpy())
-    assert len(report(patcher, images).ui["sparge_files"]) == 7
+    assert len(report(patcher, images).ui["sparge_files"]) == 2
 
 
 @pytest.mark.parametrize("part", ["save", "batch"])
@@ -187,7 +191,7 @@ def test_a_report_that_fails_has_shown_nothing(nodes, tiny, patched, report, fol
         report(patcher)
     result = report(patcher)
     (run,) = json.loads(result.args[3])["runs"]
-    assert run["note"] is None and len(result.ui["sparge_files"]) == 7
+    assert run["note"] is None and len(result.ui["sparge_files"]) == 2
 
 
 def runs_in(result) -> list[int]:
@@ -222,11 +226,11 @@ def test_only_the_models_own_runs(nodes, tiny, patched, report):
 
 
 def test_no_run(nodes, tiny, patched, report, folders):
-    result = report(patched(tiny("wan_t2v")))
+    result = report(patched(tiny("wan_t2v")), formats="all")
     _, heat_map, frames, text, maps = result.args
     assert "no run" in json.loads(text)["runs"][0]["note"]
     assert heat_map.shape[0] == frames.shape[0] == maps.shape[0] == 1
-    assert list((folders / "output").iterdir()) == [] and result.ui["sparge_files"] == []
+    assert written(folders / "output") == [] and result.ui["sparge_files"] == []
     assert says_more_than_without_its_note(nodes, nodes.report.empty_run(), heat_map), "the note is not on the picture"
 
 
@@ -239,7 +243,7 @@ def test_a_run_without_any_call(nodes, tiny, patched, report):
     model = tiny("pixart")
     result = report(sampled(model, patched(model), steps=1))
     (run,) = json.loads(result.args[3])["runs"]
-    assert "PixArt" in run["note"] and result.args[1].shape[0] == 1 and len(result.ui["sparge_files"]) == 7
+    assert "PixArt" in run["note"] and result.args[1].shape[0] == 1 and len(result.ui["sparge_files"]) == 2
     assert says_more_than_without_its_note(nodes, run, result.args[1]), "why nothing was seen is not on the picture"
 
 
@@ -274,7 +278,7 @@ def test_frames_of_many_runs_stay_bounded(nodes, report, monkeypatch, tiny):
         nodes.telemetry.runs.add(run)
     shapes = []
     monkeypatch.setattr(nodes.heat_map, "step_frame", lambda run, step: Image.new("RGB", (4, 4)))
-    monkeypatch.setattr(nodes.report, "save", lambda frames, *rest: shapes.append(len(frames)) or [])
+    monkeypatch.setattr(nodes.report, "save", lambda made, *rest: shapes.append(len(made.frames)) or [])
     report(tiny("wan_t2v"))
     taken = shapes[0] * width * height * 3 * 4
     assert taken <= 2 << 30, f"{shapes[0]} frames take {taken / 2**30:.1f} GiB"

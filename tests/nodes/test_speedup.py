@@ -294,8 +294,7 @@ def test_compared_with_what_would_have_run_instead(nodes, tiny, patched, last_ru
     assert run["compared_with"] == "attention_override_sage of tests" and run["totals"]["compared_calls"] == 5
     assert "attention_override_sage of tests (" in nodes.remarks.summary(nodes.telemetry.runs.closed[-1])
     for keys, options in seen:
-        contexts = [value for value in options.values() if isinstance(value, nodes.run_state.CallContext)]
-        assert bool(contexts) == (keys == 7)  # an extra call finds none of ours
+        assert bool(nodes.compiled.calls_in(options)) == (keys == 7)  # an extra call finds none of ours
 
 
 def test_its_own_dense_calls_go_there_too(nodes, tiny, patched, passing, last_run):

@@ -287,6 +287,13 @@ def test_runs_for_reports(nodes):
     assert shown("a", []) == [third] == shown("a", [])
     assert shown("b", [mine]) == [third]
     assert shown("b", [object()]) == []
+    assert runs.shown("b").formats == frozenset()
+    runs.mark_shown("b", [third], ["png", "csv"])
+    runs.mark_shown("b", [third], ["gif"])
+    assert runs.shown("b") == (third.number, third.number, {"png", "csv", "gif"}) and runs.shown("a").formats == frozenset()
+    fourth = add(mine)
+    runs.mark_shown("b", runs.for_report("b", [mine]), ["png"])
+    assert runs.shown("b") == (fourth.number, fourth.number, {"png"}), "files of another run count"
     for _ in range(9):
         add(other)
     assert shown("b", [mine]) == []  # forgotten: eight newer ones are kept

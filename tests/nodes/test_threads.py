@@ -167,7 +167,7 @@ def test_a_thread_that_is_a_step_behind_is_booked_right(direct, nodes):
     q, k, v = torch.randn(3, 1, 2, 300, 16, generator=torch.Generator().manual_seed(1))
     ours(q, k, v, 2, skip_reshape=True)
     ahead = nodes.run_state.CallContext(ours.state, behind.model_call, moment)
-    ours.options[ours.patch.key] = ahead
+    nodes.compiled.open_call(ours.options, ours.patch.key, ahead)
     ours(q, k, v, 2, skip_reshape=True)
     cells = {(cell["step"], cell["layer"]): (cell["sparse_calls"], cell["reasons"]) for cell in ours.closed()["cells"]}
     assert cells == {(0, 0): (1, {}), (2, 0): (0, {"outside the step window (start_percent, end_percent)": 1})}

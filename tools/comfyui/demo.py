@@ -81,7 +81,7 @@ def graph(run: Run, seconds: float, steps: int) -> dict:
         "text": ("SpargeDemoConditioning", {"tokens": 16, "dim": 4096, "seed": PROMPT_SEED}),
         "latent": ("EmptyHunyuanLatentVideo", {"width": WIDTH, "height": HEIGHT, "length": length, "batch_size": 1}),
         "sampler": ("KSampler", sampler),
-        "report": ("SpargeReport", {"model": ["sparge", 0], "data": ["sampler", 0]}),
+        "report": ("SpargeReport", {"model": ["sparge", 0], "data": ["sampler", 0], "formats": "html, gif, webp, mp4"}),
         "decode": ("SpargeDemoDecode", {"samples": ["sampler", 0], "scale": 4, "between": FRAMES_PER_LATENT}),
         "record": ("SpargeDemoRecord", {"samples": ["sampler", 0], "images": ["decode", 0], "name": run.name}),
         "video": ("CreateVideo", {"images": ["decode", 0], "fps": FPS}),

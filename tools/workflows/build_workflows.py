@@ -153,8 +153,9 @@ def patched(g: Graph, model: dict, which: str = "") -> dict:
     return g.add("watch", "SpargeMonitor", True, title=f"Sparge Monitor{of}", model=sparge)
 
 
-def report(g: Graph, model: dict, images: dict, which: str = "") -> dict:
-    return g.add("report", "SpargeReport", title=f"Sparge Report ({which})" if which else "Sparge Report", model=model, data=images)
+def report(g: Graph, model: dict, images: dict, which: str = "", formats: str = "png, html") -> dict:
+    title = f"Sparge Report ({which})" if which else "Sparge Report"
+    return g.add("report", "SpargeReport", formats, "sparge/report", title=title, model=model, data=images)
 
 
 def text_pair(g: Graph, clip: dict, positive: str, negative: str) -> tuple[dict, dict]:
@@ -194,13 +195,13 @@ def shifted_and_guided(g: Graph, model: dict, latent: dict, guider: str, *values
     return model, g.add("sampler", "SamplerCustomAdvanced", noise=noise, guider=guided, sampler=sampler, sigmas=sigmas, latent_image=latent)
 
 
-def finish(g: Graph, model: dict, images: dict, fps: float | None = None) -> dict:
+def finish(g: Graph, model: dict, images: dict, fps: float | None = None, formats: str = "png, html") -> dict:
     """Saves a video of so many frames a second, or a picture, and reports on the model that was sampled; the report."""
     if fps is None:
         save_image(g, images)
     else:
         save_video(g, images, fps)
-    return report(g, model, images)
+    return report(g, model, images, formats=formats)
 
 
 @workflow("flux_dev", "flux")
@@ -480,8 +481,10 @@ Draws while the sampler runs; it changes no picture.
 - **measure_dense**: runs a few calls of each size densely as well, so that the speed-up is measured. Off saves that time."""
 
 TOUR_REPORT = """## 3. Sparge Report
-Waits for the sampler and keeps what the monitor showed: heat map, an animation step by step, the numbers (JSON, CSV) and a page (HTML) that opens \
-offline, all in the output folder.
+Waits for the sampler and keeps what the monitor showed: the heat map, a page that opens offline and an animation step by step, all in the output \
+folder.
+- **formats**: what is saved. `png` is the heat map, `html` the page, `webp` the animation, as are `gif` and `mp4`; `json` and `csv` are the numbers.
+- **filename_prefix**: subfolder and name of the files.
 - **model**: the model that was sampled.
 - **data**: the pictures (they lie under the block maps) or the latent; passed on unchanged.
 - **maps**, shown below: which blocks some layers kept."""
@@ -508,7 +511,7 @@ def monitor_tour(g: Graph) -> None:
     g.note(TOUR_SPARSE, "sparse", title="1. Sparge Attention")
     g.note(TOUR_MONITOR, "watch", title="2. Sparge Monitor")
     samples = sampled(g, model, (positive, negative), latent, 20, 6.0, "uni_pc")
-    shown = finish(g, model, decoded(g, samples, vae), 16.0)
+    shown = finish(g, model, decoded(g, samples, vae), 16.0, "png, html, webp")
     g.add("report", "PreviewImage", title="Blocks kept, over the frames", images=Slot(shown, 4))
     g.note(TOUR_REPORT, "report", title="3. Sparge Report")
 

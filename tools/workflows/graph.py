@@ -47,7 +47,10 @@ NODES = {
         "model:MODEL",
     ),
     "SpargeMonitor": ("model:MODEL measure_dense=BOOLEAN", "model:MODEL"),
-    "SpargeReport": ("model:MODEL data:LATENT,IMAGE", "data:* heat_map:IMAGE frames:IMAGE json:STRING maps:IMAGE"),
+    "SpargeReport": (
+        "model:MODEL data:LATENT,IMAGE formats=STRING filename_prefix=STRING",
+        "data:* heat_map:IMAGE frames:IMAGE json:STRING maps:IMAGE",
+    ),
     "KSampler": (
         "model:MODEL positive:CONDITIONING negative:CONDITIONING latent_image:LATENT "
         "seed=INT* steps=INT cfg=FLOAT sampler_name=COMBO scheduler=COMBO denoise=FLOAT",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from . import soak
 from .picture import decode
 from .tiny import LOADERS
 
@@ -89,9 +90,11 @@ class SpargeDemoRecord:
         return {"ui": {"record": [file]}}
 
 
-NODE_CLASS_MAPPINGS = {node.__name__: node for node in (SpargeDemoConditioning, SpargeDemoDecode, SpargeDemoRecord, *LOADERS)}
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in (SpargeDemoConditioning, SpargeDemoDecode, SpargeDemoRecord, *LOADERS, *soak.NODES)}
 NODE_DISPLAY_NAME_MAPPINGS = {
     "SpargeDemoConditioning": "Demo Conditioning (test fixture)",
     "SpargeDemoDecode": "Demo Decode (test fixture)",
     "SpargeDemoRecord": "Demo Record (test fixture)",
 }
+
+soak.register()
