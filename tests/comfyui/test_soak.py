@@ -123,6 +123,8 @@ HEAD, LAST = "\x1b[31m[ERROR]\x1b[0m !!! Traceback (most recent call last):", "Z
         ([HEAD, '  File "x.py", line 1', "", LAST], "(none of the pack's files in it)", 0),
         ([HEAD, OURS, f"RuntimeError: {PLANNED}: attention call 5"], "", 0),
         ([HEAD, OURS, "comfy.model_management.InterruptProcessingException"], "", 0),
+        ([HEAD, '  File "x.py", line 1', "sqlite3.ProgrammingError: SQLite objects created in a thread can only be used in that one"], "", 0),
+        ([HEAD, OURS, "sqlite3.ProgrammingError: SQLite objects created in a thread can only be used in that one"], "SQLite", 0),
         ([HEAD, OURS, f"RuntimeError: {PLANNED}", HEAD, OURS, LAST], LAST, 0),
         (["got prompt", HEAD, OURS], "", 2),
         (["Sparge Monitor, run 3: no message could be sent (TypeError: x)"], "no message could be sent", 0),

@@ -109,6 +109,8 @@ def check_messages(plan: Plan, ended: Ended, by_node: dict[str, list[dict]], per
 
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+COMFYUIS = ("SQLite objects created in a thread",)
+"""Errors of ComfyUI's own: a connection to its database that the garbage collector happens to close on another thread."""
 UNSENT = re.compile(r"Sparge \w+.*no (message|line) could be sent")
 
 
@@ -142,7 +144,7 @@ def trouble_in(lines: list[str]) -> tuple[str, list[str]]:
         elif begun is not None and line.strip() and not line.startswith((" ", "\t")):
             ours = [frame.strip() for frame in lines[begun:at] if f"/{comfy_server.PACK_FOLDER}/" in frame.replace("\\", "/")]
             begun = None
-            if PLANNED not in line and "InterruptProcessing" not in line:
+            if PLANNED not in line and "InterruptProcessing" not in line and (ours or not any(words in line for words in COMFYUIS)):
                 where = f"last in the pack's {ours[-1]}" if ours else "none of the pack's files in it"
                 return f"the server's log has an error that nobody planned: {line.strip()} ({where})", []
         if UNSENT.search(line):
