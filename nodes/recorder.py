@@ -326,6 +326,9 @@ class Run:
             raise error
         for device in devices:
             check_device(device)
+        rest = [p for p in pending if p.numbers is None]
+        if rest:  # their timers are on the host's side of the copy
+            self._arrive(_InFlight(rest, [], [], None))
         self._lost += calls
         what = "1 sparse call" if self._lost == 1 else f"{self._lost:,} sparse calls"
         self.say(reasons.NUMBERS_LOST, calls=what, error=type(error).__name__)

@@ -189,8 +189,11 @@ class RunState:
         summary = "; ".join(part for part in said if part)
         logger.info("Sparge Attention, run %d: %s", self.telemetry.number, summary)
         transport.show(self.patch.node, summary, self.telemetry.clients)
-        if failure is not None and sampled:  # else the sampler's own error is on its way, and is the one to see
-            raise failure
+        try:
+            if failure is not None and sampled:  # else the sampler's own error is on its way, and is the one to see
+                raise failure
+        finally:
+            failure = None  # its traceback leads to this frame: the two would keep the model until Python looks for such circles
 
     def _add_note(self, note: str) -> None:
         self.telemetry.note = "; ".join(filter(None, (self.telemetry.note, note)))

@@ -50,8 +50,8 @@ TABLE = (
     Statistic("dense_calls", "calls", SUM, "dense calls"),
     Statistic("seconds", "s", OF_RUN, "run time", On.REPORT | On.PICTURE),
     Statistic("speedup", "times", OF_RUN, "measured speed-up"),  # the median; None where the spread does not tell faster from slower
-    Statistic("speedup_low", "times", OF_RUN, "lowest measured"),
-    Statistic("speedup_high", "times", OF_RUN, "highest measured"),
+    Statistic("speedup_low", "times", OF_RUN, "lowest speed-up"),
+    Statistic("speedup_high", "times", OF_RUN, "highest speed-up"),
     Statistic("compared_calls", "calls", OF_RUN, "calls compared", On.REPORT | On.MONITOR),
     Statistic("saved_ms", "ms", OF_RUN, "ms saved", On.REPORT | On.MONITOR),
     Statistic("measuring_ms", "ms", OF_RUN, "ms spent measuring", On.REPORT | On.MONITOR),

@@ -266,9 +266,11 @@ def test_a_copy_that_fails_costs_its_numbers_alone(run, call, nodes, monkeypatch
     monkeypatch.setattr(nodes.recorder, "_to_host", to_host)
     for step in range(3):
         call(run, step, 0, density=0.25)
+        run.dense(nodes.recorder.Timed(step, 0, 256, Clock(7.0)), "window")  # a time needs no copy
         run.end_step()
     run.close()
     told = run.to_dict()
+    assert [cell["dense_ms"] for cell in told["cells"]] == [7.0] * 3
     assert [cell["density"] for cell in told["cells"]] == [0.25, None, 0.25]
     assert [cell["head_density"] for cell in told["cells"]] == [[0.25], None, [0.25]]
     assert told["totals"]["sparse_calls"] == 3 and told["totals"]["density"] == 0.25
