@@ -6,6 +6,7 @@ calls one of them makes.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import itertools
@@ -174,8 +175,11 @@ def held() -> dict:
         ctypes.CDLL(None).malloc_trim(0)
     process = psutil.Process()
     files = process.num_fds() if hasattr(process, "num_fds") else process.num_handles()
-    found = [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter) and item.device.type == "cpu"]
-    stored = {item.untyped_storage().data_ptr(): item.untyped_storage().nbytes() for item in found}
+    stored = {}
+    for item in gc.get_objects():
+        if type(item) in (torch.Tensor, torch.nn.Parameter):
+            with contextlib.suppress(RuntimeError, NotImplementedError):  # what Dynamo traces with has no storage
+                stored[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
     return {"bytes": process.memory_info().rss, "tensors": sum(stored.values()), "threads": process.num_threads(), "files": files}
 
 
