@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+
+from torch.nn import Module, ModuleDict, ModuleList
 
 MAX_PROTECTED = 1024
 """Longer text spans are treated like any other tokens."""
@@ -246,6 +249,22 @@ def block_number(model: object, options: Mapping) -> int | None:
         return None
     model = getattr(model, "_orig_mod", model)
     return index + (len(getattr(model, "double_blocks", ())) if options.get("block_type") == "single" else 0)
+
+
+def numbered_blocks(model: object) -> int:
+    """How many blocks of a model ComfyUI numbers; 0 where it numbers none. Calls without a number (a refiner's) are numbered after them."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, Module) or not _numbers_blocks(cast(Any, type(model))):
+        return 0
+    lists = {name: len(child) for name, child in model.named_children() if isinstance(child, ModuleList | ModuleDict)}
+    return lists.get("double_blocks", 0) + lists.get("single_blocks", 0) or max(lists.values(), default=0)
+
+
+@lru_cache(maxsize=64)
+def _numbers_blocks(model_class: type) -> bool:
+    """Whether the class's own code names the option: a model call is under way before it is set."""
+    functions = (value for cls in model_class.__mro__ if cls is not Module for value in vars(cls).values())
+    return any("block_index" in getattr(getattr(function, "__code__", None), "co_consts", ()) for function in functions)
 
 
 def fallback_protected(tokens: int, context_tokens: int) -> tuple[tuple[int, int], ...]:

@@ -214,6 +214,7 @@ class CallContext:
         self.adopted = None
         self.layers = 0
         self.below: list[CallContext] = []
+        self._blocks = geometry.numbered_blocks(model_call.model)
         self._unnumbered = 0
         self._spans: dict = {}
 
@@ -246,14 +247,15 @@ class CallContext:
     def next_layer(self, tokens: int, options) -> int | None:
         """The number of the layer whose attention call this is; None for a call that is not a layer's (a text refiner's).
 
-        The number of the model's block where ComfyUI says it (`geometry.block_number`), else the place in the order of the calls.
+        The number of the model's block where ComfyUI says it (`geometry.block_number`); what has none is numbered after those, in the order of the
+        calls.
         """
         grid = geometry.grid_tokens(self.run.family, self._with(options))
         if grid is not None and tokens < grid and self.spans(tokens, options) is None:
             return None
         layer = geometry.block_number(self.model_call.model, options)
         if layer is None:
-            layer = self._unnumbered
+            layer = self._blocks + self._unnumbered
             self._unnumbered += 1
         self.layers = max(self.layers, layer + 1)
         return layer
@@ -263,7 +265,8 @@ class CallContext:
 
     def finish(self) -> None:
         if self.layers:  # a later model call may run fewer: layers that it leaves out count all the same
-            patch = self.run.patch
-            patch.total_layers = max(patch.total_layers or 0, self.layers)
-            self.run.telemetry.total_layers = patch.total_layers
+            patch, telemetry = self.run.patch, self.run.telemetry
+            counted = min(self.layers, self._blocks) or self.layers  # negative numbers are of blocks
+            patch.total_layers = max(patch.total_layers or 0, counted)
+            telemetry.total_layers = max(telemetry.total_layers, patch.total_layers, self.layers)
             self.run.compiled.layers = max(self.run.compiled.layers, self.layers)

@@ -188,6 +188,34 @@ def test_the_number_of_a_block(nodes, options, number):
     assert nodes.geometry.block_number(SimpleNamespace(_orig_mod=model), options) == number
 
 
+def test_what_has_no_number_comes_after_the_models_blocks(nodes, tiny):
+    """Z-Image's refiners run before the blocks, which ComfyUI numbers in newer versions: "0" is the first block there, "-1" the last."""
+
+    class Numbered(torch.nn.Module):
+        def __init__(self, **lists):
+            super().__init__()
+            for name, length in lists.items():
+                setattr(self, name, torch.nn.ModuleList(torch.nn.Identity() for _ in range(length)))
+
+        def forward(self, x, transformer_options):
+            transformer_options["block_index"] = 0
+
+    count = nodes.geometry.numbered_blocks
+    assert count(Numbered(refiner=2, layers=5)) == 5 and count(Numbered(double_blocks=2, single_blocks=3)) == 5
+    assert count(torch.nn.Sequential(torch.nn.Identity())) == count(SimpleNamespace()) == 0
+
+    model = Numbered(refiner=2, layers=5)
+    patcher = nodes.patch.install(tiny("wan_t2v").patcher, nodes.settings.Settings(dense_blocks="-1"))
+    (patch,) = nodes.patch.patches_of(patcher)
+    state = nodes.run_state.RunState(patch, patcher, [1.0, 0.0])
+    state.family = None
+    call = nodes.run_state.CallContext(state, nodes.geometry.ModelCall(model, (1, 16, 1, 8, 8), 0, {}, {}), nodes.run_state.Moment(0, 1.0))
+    assert [call.next_layer(64, {}) for _ in range(2)] == [5, 6]
+    assert [call.next_layer(64, {"block_index": n}) for n in range(5)] == [0, 1, 2, 3, 4]
+    call.finish()
+    assert patch.total_layers == 5 and state.telemetry.total_layers == 7
+
+
 def test_a_model_of_single_blocks_alone(nodes):
     assert nodes.geometry.block_number(SimpleNamespace(), {"block_index": 3, "block_type": "single"}) == 3
 
