@@ -192,7 +192,7 @@ class _Step(NamedTuple):
 class Speedup(NamedTuple):
     """Dense over sparse time: the median of the ratios, the lowest and the highest, and how many there are.
 
-    Of several kinds the numbers are means, weighted by what each kind's sparse calls took, hiccups aside. Too few ratios leave three at None.
+    Of several kinds the numbers are means, weighted by what each kind's sparse calls took, hiccups aside. The first three are None for too few.
     """
 
     median: float | None
