@@ -68,7 +68,7 @@ def _key_of(override) -> str:
         elif callable(it):
             line = getattr(getattr(it, "__code__", None), "co_firstlineno", 0)
             named = it if isinstance(getattr(it, "__qualname__", None), str) else type(it)
-            told.append(f"{named.__module__}.{named.__qualname__}:{line}")
+            told.append(f"{getattr(named, '__module__', None)}.{named.__qualname__}:{line}")
             waiting.extend(_held(it))
     return hashlib.sha256("\n".join(told).encode(errors="replace")).hexdigest()[:12]
 

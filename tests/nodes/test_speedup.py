@@ -125,6 +125,15 @@ def test_each_attention_of_comfyui_is_a_kind_of_its_own(nodes, direct):
     assert [(kind.instead, kind.attention) for kind in kinds] == [("dense", name) for name in ("attention_pytorch", "attention_sub_quad", "partial")]
 
 
+@pytest.mark.parametrize("mode", [first_mode, second_mode])
+def test_a_mode_of_another_node_is_a_kind_of_its_own(nodes, tiny, patched, mode):
+    model, override = tiny("wan_t2v"), in_mode(mode)
+    comfy_models.sample(model, watched(nodes, patched(with_override(model.patcher, override))), steps=1)
+    (kind,) = nodes.telemetry.runs.closed[-1].against_dense.kinds()
+    assert kind.instead == "attention_override_sage of tests"
+    assert kind.attention.startswith("attention_") and kind.attention.endswith(" " + nodes.speedup.instead_of(override).key)
+
+
 # Which calls are timed.
 
 
