@@ -244,8 +244,8 @@ def decide(request: Request, call: CallContext) -> Dense | Sparse:
     if request.s_q != request.s_k and (request.s_k <= SHORT_TEXT or request.s_k == call.model_call.context_tokens):
         return Dense(None, reasons.CROSS_ATTENTION.format(keys=request.s_k))
     layer = call.next_layer(tokens, request.options)
-    if settings.is_reference:
-        return Dense(layer, reasons.REFERENCE)
+    if run.reference is not None:
+        return Dense(layer, run.reference)
     no = _unfit(request, settings)
     if no is not None:
         return Dense(layer, no)

@@ -6,7 +6,7 @@ from . import _comfy, _kernels, reasons, transport
 from ._comfy import io
 from .override import AttentionOverride
 from .presets import Preset, preset_for
-from .run_state import Patch
+from .run_state import Patch, patches_of
 from .settings import BY_PRESET, INPUTS, Input, Settings, check, parse
 
 WRAPPER_KEY = "sparge_attention"
@@ -21,12 +21,6 @@ def install(model, settings: Settings, node: str | None = None):
     _comfy.add_wrapper(patched, _comfy.WRAPPERS.APPLY_MODEL, WRAPPER_KEY, patch.apply_model)
     _comfy.add_callback(patched, _comfy.CALLBACKS.ON_PRE_RUN, WRAPPER_KEY, patch.pre_run)
     return patched
-
-
-def patches_of(model) -> list[Patch]:
-    """The patches that SpargeAttention nodes have put on a model, first to last."""
-    owners = (getattr(function, "__self__", None) for function in _comfy.wrappers_of(model, _comfy.WRAPPERS.OUTER_SAMPLE))
-    return [owner for owner in owners if isinstance(owner, Patch)]
 
 
 class SpargeAttention(io.ComfyNode):
@@ -51,7 +45,8 @@ class SpargeAttention(io.ComfyNode):
         row = preset_for(_comfy.diffusion_model(model.model))
         settings = parse(values | {"policy": policy}).for_model(row)
         node = _comfy.name_of(cls.hidden, id)
-        transport.show(node, describe(settings, getattr(model.load_device, "type", "cpu"), row), _comfy.clients())
+        before = describe(settings, getattr(model.load_device, "type", "cpu"), row, alone=not patches_of(model))
+        transport.show(node, before, _comfy.clients())
         return io.NodeOutput(install(model, settings, node))
 
 
@@ -70,10 +65,10 @@ def _widget(name: str, row: Input):
     return _comfy.mark_advanced(widget) if row.advanced else widget
 
 
-def describe(settings: Settings, device_type: str, row: Preset | None = None) -> str:
+def describe(settings: Settings, device_type: str, row: Preset | None = None, alone: bool = True) -> str:
     """What the node says before the first run: the backend, what it cannot profit from, and the preset in force or on offer."""
     if settings.is_reference:
-        return reasons.REFERENCE
+        return reasons.REFERENCE if alone else reasons.DENSE_HERE
     choice, preset = _kernels.backend_for(device_type, settings.backend), settings.preset_line() or _offer(settings, row)
     line = f"backend {choice.backend}" if choice.backend else f"stays dense on this device: {choice.why_not}"
     if choice.backend and not choice.skips_pv:

@@ -23,6 +23,7 @@ MASK_SHAPE = "mask of shape {shape} is not understood"
 POLICY_DENSE = "the policy asks for dense attention here"
 SLOWER = "sparse was slower here when measured: {sparse} ms against {dense} ms for {instead}; delete {file} to measure again"
 REFERENCE = "topk is 1: a dense reference run"
+DENSE_HERE = "topk is 1: dense as far as this node goes; another Sparge Attention node is on the model"
 CAPTURED = "recorded as a CUDA graph, whose repeats no node sees"
 RECORDED = "ComfyUI records the allocations of this block and did not pause for the node ({why})"
 

@@ -7,6 +7,7 @@ from .recorder import Run
 
 CROSS = reasons.CROSS_ATTENTION.split("{")[0]
 SLOWER = reasons.SLOWER.split("{")[0]
+MEANT = (reasons.REFERENCE, reasons.DENSE_HERE)
 MOST_REASONS = 4
 
 
@@ -56,7 +57,7 @@ def warning_and_note(run: Run) -> tuple[str | None, str | None]:
     A run without a sparse call gets a warning, once a step has ended. While it goes on it gets none where a reason is there that passes: the step
     window has not begun, or the layers are being counted. Nor does one whose calls another node of ours runs, or that is meant to be dense.
     """
-    if run.sparse_calls or run.answered_above or run.warning == reasons.NO_NODE or run.note == reasons.REFERENCE:
+    if run.sparse_calls or run.answered_above or run.warning == reasons.NO_NODE or run.note in MEANT:
         return run.warning, run.notes
     if run.state == "done" and run.notes is not None:
         return run.notes, None  # NEVER_ROUTED, NOTHING_SEEN

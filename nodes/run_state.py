@@ -104,6 +104,12 @@ def _latent_shape(x, conds) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
+def patches_of(model) -> list[Patch]:
+    """The patches that SpargeAttention nodes have put on a model, first to last."""
+    owners = (getattr(function, "__self__", None) for function in _comfy.wrappers_of(model, _comfy.WRAPPERS.OUTER_SAMPLE))
+    return [owner for owner in owners if isinstance(owner, Patch)]
+
+
 class RunState:
     """One sampler call: where in the schedule it is, and the telemetry it fills.
 
@@ -145,8 +151,9 @@ class RunState:
         self.telemetry.total_layers = patch.total_layers or 0
         self.compiled = compiled.Watch(patcher)
         self.telemetry.clients = _comfy.clients()
-        if self.settings.is_reference:
-            self.telemetry.note = reasons.REFERENCE
+        alone = all(other is patch for other in patches_of(patcher))
+        self.reference = (reasons.REFERENCE if alone else reasons.DENSE_HERE) if self.settings.is_reference else None
+        self.telemetry.note = self.reference
         self.pace = Pace(self.settings, self.telemetry.monitors)
         self.telemetry.plan = Plan([step for step, sigma in enumerate(sigmas[:-1]) if self.window.holds(sigma)])
 
@@ -172,9 +179,9 @@ class RunState:
             pass  # it ended early, which says nothing about who answers the model's calls
         elif self.family is not None and self.family.parts is None:
             self.telemetry.note = reasons.NEVER_ROUTED.format(family=self.family.name)
-        elif self.sigmas and (missing := self.compiled.note(self.telemetry, self.patch.total_layers or 0)):
+        elif len(self.sigmas) > 1 and (missing := self.compiled.note(self.telemetry, self.patch.total_layers or 0)):
             self._add_note(missing)
-        elif self.telemetry.calls == 0 and self.sigmas:
+        elif self.telemetry.calls == 0 and len(self.sigmas) > 1:
             self.telemetry.note = reasons.NOTHING_SEEN
         if self.telemetry.answered_above:
             self._add_note(reasons.ANSWERED_ABOVE.format(n=self.telemetry.answered_above))
@@ -224,14 +231,17 @@ class CallContext:
 
     def find_below(self) -> None:
         """Finds the other nodes of ours that get what this one leaves: their wrappers have made their contexts already."""
-        ours = self.run.patch.override
         for other in compiled.calls_in(self.model_call.options):
             if other is self:
                 continue
-            if leads_to(other.run.patch.override.previous, ours):
-                other.below.append(self)
-            elif leads_to(ours.previous, other.run.patch.override):
+            if self._leaves_to(other):  # first: of two that put themselves back on top this one did so last
                 self.below.append(other)
+            elif other._leaves_to(self):
+                other.below.append(self)
+
+    def _leaves_to(self, other: CallContext) -> bool:
+        ours = self.run.patch.override
+        return any(leads_to(next_one, other.run.patch.override) for next_one in (self.adopted, ours.previous))
 
     def answered_above(self, tokens: int, options) -> None:
         """Another node of ours has run this call of one of the model's layers, which keeps its number here."""

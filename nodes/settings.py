@@ -107,6 +107,8 @@ class Settings:
     def rule(self, run, layer: int) -> Rule | None:
         """What decides the kept blocks of layer `layer` at this point of `run`; None: dense. A policy's answer stands in for topk."""
         topk = self.topk if self.policy is None else self.policy.topk(run, layer)
+        if topk is not None and not isinstance(topk, Tensor) and (isinstance(topk, bool) or not isinstance(topk, int | float)):
+            raise ValueError(f"the policy's topk must be a share, a tensor of shares or None, got {topk!r}; correct the node at the policy input")
         return None if topk is None else Rule(topk, self.cdfthreshd or None, self.simthreshd1, self.pvthreshd, self.compensate)
 
     @property

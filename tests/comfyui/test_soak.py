@@ -160,7 +160,7 @@ def test_growth_is_noticed(capsys):
     seconds, flat = [60.0 * at for at in range(1, 11)], [5] * 10
     full = [900, 950, 1000, 1001, 999, 1002, 1003, 1000, 1009, 1008]
     assert judged(seconds, bytes=full) == []
-    assert judged(seconds, bytes=[*full[:7], 1019, 1019, 1019]) == ["the server's bytes grew by 1.9 %, from 1,000 to 1,019"]
+    assert judged(seconds, bytes=[*full[:7], 1019, 1019, 1019]) == ["the server's bytes grew by 1.8 %, from 1,001 to 1,019"]
     assert "tensors grew by 100.0 %" in judged(seconds, bytes=full, tensors=[*flat[:7], 10, 10, 10])[0]
     assert "threads grew by 60.0 %" in judged(seconds, bytes=full, threads=[*flat[:8], 8, 8])[0]
     assert "files grew by 80.0 %" in judged(seconds, bytes=full, files=[*flat[:8], 9, 9])[0]

@@ -78,6 +78,59 @@ def test_two_nodes_that_share_the_layers_number_them_alike(nodes, tiny, patched,
     assert earlier["note"] == "another Sparge Attention node, after this one, ran 4 of its calls"
 
 
+HERE = "topk is 1: dense as far as this node goes; another Sparge Attention node is on the model"
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_topk_1_beside_another_node_is_no_reference(nodes, tiny, patched, first):
+    """What it leaves is the other one's, which runs it sparse: no run to compare with, and it does not say so."""
+    model = tiny("wan_t2v")
+    alone = comfy_models.sample(model, patched(model))
+    source = patched(patched(model, topk=1.0)) if first else patched(patched(model), topk=1.0)
+    assert torch.equal(comfy_models.sample(model, source), alone)
+    later, earlier = list(nodes.telemetry.runs.closed)[-2:]
+    dense, sparse = (earlier, later) if first else (later, earlier)
+    assert sparse.sparse_calls == 4 and dense.sparse_calls == 0 and sparse.note is None
+    assert HERE in nodes.remarks.summary(dense) and REFERENCE not in nodes.remarks.summary(dense)
+    assert nodes.remarks.warning_and_note(dense)[0] is None
+    settings = nodes.settings.Settings(topk=1.0)
+    assert nodes.patch.describe(settings, "cpu", alone=False) == HERE != nodes.patch.describe(settings, "cpu")
+
+
+def test_two_nodes_and_one_between_that_replaces_the_hook(nodes, tiny, patched, passing):
+    """As KJNodes' Patch Sage: both of ours put themselves back on top, the later one last. It runs the calls, and the earlier one says so."""
+    model = tiny("wan_t2v")
+    alone = comfy_models.sample(model, patched(model))
+    foreign = passing()
+    source = patched(model, topk=0.6)
+    source.model_options["transformer_options"]["optimized_attention_override"] = foreign
+    assert torch.equal(comfy_models.sample(model, patched(source)), alone)
+    later, earlier = list(nodes.telemetry.runs.closed)[-2:]
+    assert (later.sparse_calls, later.answered_above) == (4, 0) and (earlier.sparse_calls, earlier.answered_above) == (0, 4)
+    assert "ran 4 of its calls" in nodes.remarks.summary(earlier) and "nothing ran sparse" not in nodes.remarks.summary(earlier)
+    assert [args[1].shape[1] for _, args, _ in foreign.seen] == 4 * [7]  # what stays dense goes there, once
+
+
+@pytest.mark.parametrize("topk", ["0.3", [0.3], True])
+def test_a_policy_that_answers_with_something_else(direct, topk):
+    with pytest.raises(
+        ValueError, match="the policy's topk must be a share, a tensor of shares or None, got .*; correct the node at the policy input"
+    ):
+        direct(policy=SimpleNamespace(topk=lambda run, layer: topk))(*qkv(), H, skip_reshape=True)
+
+
+def test_a_sampler_without_steps_blames_nobody(nodes, tiny, patched, last_run):
+    import comfy.samplers
+
+    model = tiny("wan_t2v")
+    guider = comfy.samplers.CFGGuider(patched(model))
+    guider.set_conds(model.positive, model.negative)
+    guider.sample(
+        torch.zeros_like(model.latent), model.latent, comfy.samplers.sampler_object("euler"), torch.tensor([1.0]), disable_pbar=True, seed=1
+    )
+    assert last_run()["note"] is None
+
+
 def test_two_nodes_with_two_windows(nodes, tiny, patched):
     model = tiny("wan_t2v")
     comfy_models.sample(model, patched(patched(model, end_percent=0.5), start_percent=0.5), steps=4)

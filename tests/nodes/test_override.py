@@ -187,8 +187,8 @@ def test_gradients_come_before_the_window(direct):
     assert ours.reasons() == ["inputs need gradients (there is no backward)"]
 
 
-ELSEWHERE = {"CAPTURED", "RECORDED", "ANSWERED_ABOVE", "SECOND_MODEL", "STOPPED", "REFERENCE", "NUMBERS_LOST", "SLOWER", "SLOWER_FROM_NOW",
-             "TRACED_WITHOUT", "LAYERS_MISSING", "FULLGRAPH"}  # fmt: skip
+ELSEWHERE = {"CAPTURED", "RECORDED", "ANSWERED_ABOVE", "SECOND_MODEL", "STOPPED", "REFERENCE", "DENSE_HERE", "NUMBERS_LOST", "SLOWER",
+             "SLOWER_FROM_NOW", "TRACED_WITHOUT", "LAYERS_MISSING", "FULLGRAPH"}  # fmt: skip
 """Of test_allocation_graph.py, test_compositions.py, test_threads.py, test_pace.py and test_compiled.py."""
 
 

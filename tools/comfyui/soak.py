@@ -31,7 +31,7 @@ from soak_graphs import Mix, Plan, again, counting_graph, first_plans, graph, ne
 
 GROWTH = 1.01  # of memory, from the end of the warm-up on
 PASSING = 2  # threads, and files, that come and go: a connection that is kept for the next question
-WARM_UP = 0.2  # of the time, and until the first plans are done: caches, compiled graphs and thread pools fill
+WARM_UP = 0.4  # of the time, and until the first plans are done: sizes and compiled graphs are drawn by chance, and caches fill with each new one
 # glibc returns large blocks when they are freed; else the last ones of every thread stay, by chance some tens of MB, and look like growth.
 RETURNED = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
 ROUND_S = 20.0  # between two looks at memory
