@@ -143,10 +143,7 @@ class AttentionOverride:
         Nodes of ours further down are no other attention: `_instead` passes them by.
         """
         if call.instead is None:
-            first = call.adopted if call.adopted is not None else self.previous
-            while isinstance(first, AttentionOverride):
-                first = first.previous
-            call.instead = instead_of(first)
+            call.instead = instead_of(self._other(call))
         name, key = call.instead
         own = getattr(func, "__name__", type(func).__name__)
         return CallKind(request.shape, request.q.dtype, request.q.device, name, f"{own} {key}".strip())
@@ -154,8 +151,14 @@ class AttentionOverride:
     def _instead(self, call: CallContext, func, args, kwargs):
         """What would have answered the call without any Sparge Attention. None of ours finds its model call, so none decides or counts this one."""
         options = compiled.without_calls(kwargs["transformer_options"])
-        first = call.adopted if call.adopted is not None else self.previous
-        return (first or _plain)(func, *args, **{**kwargs, "transformer_options": options})
+        return (self._other(call) or _plain)(func, *args, **{**kwargs, "transformer_options": options})
+
+    def _other(self, call: CallContext):
+        """The override of another node that would answer without any of ours; None: ComfyUI's own attention."""
+        first = self.previous if call.adopted is None or isinstance(call.adopted, AttentionOverride) else call.adopted
+        while isinstance(first, AttentionOverride):
+            first = first.previous
+        return first
 
     def _earlier(self, call: CallContext, func, args, kwargs):
         """The override that was on top, once; called again from below, the one of patch time; then ComfyUI's own attention."""

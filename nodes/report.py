@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,7 +218,7 @@ def save(report: Report, formats: list[str], prefix: str) -> Files:
     return Files(written, [{**entry, "filename": f"{entry['filename']}.{name}"} for name in written], problem_of(errors))
 
 
-def problem_of(errors: dict[str, Exception]) -> str | None:
+def problem_of(errors: Mapping[str, Exception]) -> str | None:
     """Why these formats are missing, as a sentence, which the log has then too; None for no format."""
     if not errors:
         return None

@@ -57,7 +57,8 @@ def _key_of(override) -> str:
     The modes of a node are often one override around another function or with another word: KJNodes' sage attention is. Numbers and flags are left
     out, for they may change from call to call.
     """
-    told, seen, waiting = [], set(), deque([override])
+    told: list[str] = []
+    seen, waiting = set(), deque([override])
     while waiting and len(told) < MAX_HELD:
         it = waiting.popleft()
         if id(it) in seen:
