@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import sys
 import threading
+import unicodedata
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,6 +32,12 @@ ANSWERS = "sparge_attention_answers"
 
 MAX_ID = 64
 """The most letters that the input `id` of a node may have."""
+
+MAX_NAME = 150
+"""The most bytes of a name in a prefix of files; most file systems take 255, and a number, an ending and what encryption adds come on top."""
+
+DEVICES = frozenset({"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))})
+"""The names that are no files in Windows, whatever ending follows."""
 
 TEXTS = Path(__file__).resolve().parents[1] / "locales" / "en" / "nodeDefs.json"
 """What people read of the nodes and of their inputs and outputs, in English; the browser takes other languages from its neighbours."""
@@ -227,7 +235,17 @@ def refused_prefix(prefix: str) -> str | None:
         inside = path != root == os.path.commonpath([root, path])
     except ValueError:  # another drive
         inside = False
-    return None if inside else f"must stay inside ComfyUI's output folder, got {prefix!r}; leave out '..' and what stands before the subfolder"
+    if not inside:
+        return f"must stay inside ComfyUI's output folder, got {prefix!r}; leave out '..' and what stands before the subfolder"
+    wrong = next((letter for letter in prefix if letter in '<>:"|?*' or unicodedata.category(letter) in ("Cc", "Cs")), None)
+    if wrong is not None:
+        return f"must be a name that every system can write, got {wrong!r} in {prefix!r:.200}; leave that character out"
+    for part in re.split(r"[/\\]", prefix):
+        if part.partition(".")[0].rstrip().upper() in DEVICES:
+            return f"must be a name that every system can write, got {part!r:.200}, a device of Windows; write another name"
+        if len(part.encode()) > MAX_NAME:
+            return f"must have names of up to {MAX_NAME} bytes, got {part!r:.40}... of {len(part.encode())}; write a shorter one"
+    return None
 
 
 def output_path(prefix: str) -> tuple[str, dict]:

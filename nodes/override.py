@@ -16,7 +16,7 @@ from .maps import Pooled
 from .recorder import Run, Timed, Timer, check_device
 from .run_state import CallContext
 from .settings import Rule, Settings, layer_listed
-from .speedup import CallKind, name_of
+from .speedup import CallKind, instead_of
 
 SHORT_TEXT = 1024
 TILES_BELOW = 0.15  # density up to which compact blocks beat row-major ones on small trained models (docs/design/decisions.md)
@@ -103,13 +103,13 @@ class AttentionOverride:
             return self._earlier(call, func, args, kwargs)
         run = call.run.telemetry
         with ExitStack() as paused:  # a dense call is ComfyUI's, and recorded as it always is
-            decision = _not_now(request, call, paused) or self._paced(decide(request, call), request, call)
+            decision = _not_now(request, call, paused) or self._paced(decide(request, call), request, call, func)
             if isinstance(decision, Sparse):
-                out, timed = self._sparse(request, call, decision)
+                out, timed = self._sparse(request, call, decision, func)
         if isinstance(decision, Dense):
             timer = None if decision.layer is None else Timer(request.q.device)
             out = self._earlier(call, func, args, kwargs)
-            kind = self._kind(request, call) if timer is not None and _answers_for_sparse(request, call) else None
+            kind = self._kind(request, call, func) if timer is not None and _answers_for_sparse(request, call) else None
             run.dense(Timed(call.step, decision.layer, request.s_q, None if timer is None else timer.stop(), kind), decision.reason)
             return out
         for other in call.below:
@@ -118,7 +118,7 @@ class AttentionOverride:
             _time_dense(run, timed, request.q.device, lambda: self._instead(call, func, args, kwargs))
         return out
 
-    def _sparse(self, request: Request, call: CallContext, decision: Sparse) -> tuple[Tensor, Timed]:
+    def _sparse(self, request: Request, call: CallContext, decision: Sparse, func) -> tuple[Tensor, Timed]:
         """Runs the call through the kernels and records it."""
         run, (q, k, v) = call.run.telemetry, request.views()
         how: dict[str, Any] = {"layout": request.layout, "scale": request.scale, "backend": call.run.settings.backend, "return_info": True}
@@ -126,31 +126,39 @@ class AttentionOverride:
         out, info = _kernels.attend(q, k, v, **decision.arguments(), **how)
         timer.stop()
         pooled = _pooled(run, info, decision) if run.monitors else None
-        timed = Timed(call.step, decision.layer, request.s_q, timer, self._kind(request, call))
+        timed = Timed(call.step, decision.layer, request.s_q, timer, self._kind(request, call, func))
         run.sparse(timed, {"density": info.density, "pv_skipped": info.pv_skipped}, pooled)
         return request.shaped(out), timed
 
-    def _paced(self, decision: Dense | Sparse, request: Request, call: CallContext) -> Dense | Sparse:
+    def _paced(self, decision: Dense | Sparse, request: Request, call: CallContext, func) -> Dense | Sparse:
         """The decision, unless it is for a call that an earlier run measured to be slower sparse."""
         if isinstance(decision, Dense) or not call.run.pace.knows_any:
             return decision
-        slower = call.run.pace.reason(self._kind(request, call))
+        slower = call.run.pace.reason(self._kind(request, call, func))
         return decision if slower is None else Dense(decision.layer, slower)
 
-    def _kind(self, request: Request, call: CallContext) -> CallKind:
-        """What the call is timed as. Nodes of ours further down are no other attention: `_instead` passes them by."""
+    def _kind(self, request: Request, call: CallContext, func) -> CallKind:
+        """What the call is timed as; func: ComfyUI's attention function, which answers it in the end, or where another node's does not.
+
+        Nodes of ours further down are no other attention: `_instead` passes them by.
+        """
         if call.instead is None:
-            first = call.adopted if call.adopted is not None else self.previous
-            while isinstance(first, AttentionOverride):
-                first = first.previous
-            call.instead = name_of(first)
-        return CallKind(request.shape, request.q.dtype, request.q.device, call.instead)
+            call.instead = instead_of(self._other(call))
+        name, key = call.instead
+        own = getattr(func, "__name__", type(func).__name__)
+        return CallKind(request.shape, request.q.dtype, request.q.device, name, f"{own} {key}".strip())
 
     def _instead(self, call: CallContext, func, args, kwargs):
         """What would have answered the call without any Sparge Attention. None of ours finds its model call, so none decides or counts this one."""
         options = compiled.without_calls(kwargs["transformer_options"])
-        first = call.adopted if call.adopted is not None else self.previous
-        return (first or _plain)(func, *args, **{**kwargs, "transformer_options": options})
+        return (self._other(call) or _plain)(func, *args, **{**kwargs, "transformer_options": options})
+
+    def _other(self, call: CallContext):
+        """The override of another node that would answer without any of ours; None: ComfyUI's own attention."""
+        first = self.previous if call.adopted is None or isinstance(call.adopted, AttentionOverride) else call.adopted
+        while isinstance(first, AttentionOverride):
+            first = first.previous
+        return first
 
     def _earlier(self, call: CallContext, func, args, kwargs):
         """The override that was on top, once; called again from below, the one of patch time; then ComfyUI's own attention."""

@@ -1,7 +1,8 @@
 """Never slower: the calls that sparse attention slowed down when it was measured, kept in ComfyUI's user folder; later runs leave them dense.
 
 A decision is made once, at the end of the run that measured, for one device, one version of pack and PyTorch, one shape of call, one set of settings
-and one attention that it is compared with. A run goes by what it read when it opened: none changes in its middle, so a seed gives its picture again.
+and one attention that it is compared with; another mode of a node is another attention. A run goes by what it read when it opened: none changes in
+its middle, so a seed gives its picture again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import math
 import os
 import platform
+import re
 import threading
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -32,6 +34,8 @@ VERSION = 1
 MAX_KEPT = 500  # decisions; beyond it the oldest go
 MAX_BYTES = 1 << 20  # of a file that is read
 MAX_SAID = 3
+SAYS_OFF = re.compile(rb"""(["']off["']|\boff\s*[:=])(?!\s*:?\s*false)""", re.IGNORECASE)
+"""What a file that is not understood has in it where the user may have meant to switch this off; files of ours say `"off": false`."""
 ABOUT = 'Attention calls that were slower sparse than dense when measured. Delete this file to measure again; "off": true switches this off for good.'
 SETTINGS = ("topk", "cdfthreshd", "simthreshd1", "pvthreshd", "compensate", "token_order", "protect_references")
 """The inputs of Sparge Attention that a call's time hangs on, but for the backend, of which the one that runs the call counts."""
@@ -108,14 +112,17 @@ class Pace:
         head_dim = shape.q[-1] if len(shape.q) == 4 else shape.q[-1] // shape.heads
         backend = _kernels.backend_for(kind.device, self._backend, head_dim, kind.dtype, shape.masked).backend
         versions = {"pack": _kernels.VERSION, "torch": str(torch.__version__)}
-        call = {**shape._asdict(), "dtype": dtype, "backend": backend, "instead": kind.instead}
+        call = {**shape._asdict(), "dtype": dtype, "backend": backend, "instead": kind.instead, "attention": kind.attention}
         return _text({"device": device_name(kind.device), **versions, "call": call, "settings": self._settings})
 
 
 def slower_by(pairs: list[Pair]) -> Slower | None:
-    """What is decided from the pairs of one kind: slower, where the fastest sparse call took longer than the slowest dense one; else None."""
+    """Slower, if the fastest sparse call of the steps of these pairs, all of one kind, took longer than the slowest dense one; else None.
+
+    Fewer than `FEWEST` steps say too little: what held the machine up for a moment may have met all of one step.
+    """
     sparse, dense = sorted(pair.sparse_ms for pair in pairs), sorted(pair.dense_ms for pair in pairs)
-    if len(pairs) < FEWEST or sparse[0] <= dense[-1]:
+    if len({pair.step for pair in pairs}) < FEWEST or min(pair.fastest_ms for pair in pairs) <= dense[-1]:
         return None
     return Slower(sparse[len(pairs) // 2], dense[len(pairs) // 2], len(pairs))
 
@@ -146,30 +153,45 @@ def _warn(sentence: str) -> None:
 
 
 def _load(path: Path) -> Kept:
-    """What is kept; nothing where the file is not there or cannot be read. One that is not ours, or broken, is written anew."""
+    """What is kept; nothing where there is no file. One that is broken or not ours is written anew.
+
+    What cannot be read, or may be meant to switch this off, counts as switched off: the user's word is never written over.
+    """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
-        return _parsed(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         return Kept()
     except OSError as error:
-        _warn(f"Sparge Attention: what was measured cannot be read from {path} ({error}); it is measured again")
-    except (ValueError, RecursionError) as error:
+        _warn(f"Sparge Attention: what was measured cannot be read from {path} ({error}); nothing is kept, and later runs measure again")
+        return Kept(off=True)
+    try:
+        return _parsed(content)
+    except Exception as error:  # whatever is in it, no run ends by it
+        if SAYS_OFF.search(content.replace(b"\0", b"")):  # of UTF-16
+            _warn(
+                f'Sparge Attention: {path} is not understood ({error}) but has "off" in it; it is left alone, and nothing is kept. Write '
+                '{"off": true} into it to switch this off, or delete it to measure again'
+            )
+            return Kept(off=True)
         logger.warning("Sparge Attention: %s is not what was measured, or broken (%s); it is ignored and written anew", path, error)
         _write(path, Kept())
     return Kept()
 
 
-def _parsed(text: str) -> Kept:
-    data = json.loads(text)
-    if not isinstance(data, dict) or data.get("version") != VERSION or not isinstance(data.get("off", False), bool):
-        raise ValueError(f"it has no version {VERSION}")
+def _parsed(content: bytes) -> Kept:
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
+    data = json.loads(content.decode("utf-8-sig"))
+    if isinstance(data, dict) and data.get("off") is True:
+        return Kept(off=True)
+    if not isinstance(data, dict) or data.get("version") != VERSION or data.get("off", False) is not False:
+        raise ValueError(f'it has no version {VERSION}, or an "off" that is neither true nor false')
     entries = data.get("slower", [])
     if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
         raise ValueError("an entry is not understood")
     slower = {_text(entry["of"]): Slower(entry["sparse_ms"], entry["dense_ms"], entry["pairs"]) for entry in entries}
-    return Kept(data.get("off", False), slower)
+    return Kept(slower=slower)
 
 
 def _is_entry(entry: object) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from . import _comfy, export, maps, telemetry
 from ._comfy import io, ui
@@ -21,6 +23,10 @@ from .recorder import Run
 MAX_FRAMES = 100  # of all runs shown; longer runs show every second, third, ... step
 MAX_IMAGE = 512  # pixels of the longer edge of the images that lie under the maps
 NO_RUN = "no run since the last report"
+UNSAVED = "the report's {formats} could not be written: {error}; make room on the disk or choose another filename_prefix, and queue again"
+NO_PREVIEW = "the picture on the report could not be written: {error}; make room on the disk of ComfyUI's temp folder"
+
+logger = logging.getLogger("sparge_attention")
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +106,8 @@ class SpargeReport(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_) -> int:
-        return telemetry.runs.latest
+        """Another number after every run, and after files that could not be written: ComfyUI would not execute the node again to write them."""
+        return telemetry.runs.latest + telemetry.runs.unsaved
 
     @classmethod
     def validate_inputs(cls, formats=None, filename_prefix=None) -> bool | str:
@@ -114,29 +121,49 @@ class SpargeReport(io.ComfyNode):
         if wrong is not None:
             raise ValueError(wrong)
         node = str(cls.hidden.unique_id) if cls.hidden is not None else "script"
-        before = telemetry.runs.shown(node)
         found = telemetry.runs.for_report(node, [patch.key for patch in patches_of(model)])
-        is_new = bool(found) and found[-1].number > before.last
-        shown = [run.to_dict() for run in found] or [empty_run()]
-        if not is_new:  # the sampler was cached, or ran without Sparge Attention: the same numbers again
-            shown = [{**run, "note": "; ".join(filter(None, (run["note"], NO_RUN)))} if found else run for run in shown]
+        before = telemetry.runs.saved(node, found)
+        shown = [run.to_dict() for run in found]
+        if before is not None:  # the sampler was cached, or ran without Sparge Attention: the same numbers again
+            shown = [noted(run, NO_RUN) for run in shown]
+        shown = shown or [empty_run()]
         frames = [frame for run in shown for frame in step_frames(run, max(1, MAX_FRAMES // len(shown)))]
         layers = [layer_maps(run, images_of(data)) for run in found] or [[]]
         report = Report(shown, [heat_map.heat_map(run) for run in shown], frames, layers)
         titles = [f"{run.get('model') or 'no run'} \xb7 blocks kept, run {run['run']}" for run in shown]
         sheets = [block_maps.sheet(title, of) for title, of in zip(titles, layers, strict=True)]
-        unsaved = [name for name in formats_of(formats) if found and (is_new or name not in before.formats)]  # no file twice
-        files = save(report, unsaved, filename_prefix)
+        files = save(report, [name for name in formats_of(formats) if found and name not in (before or ())], filename_prefix)  # no file twice
         drawn = batch(report.heat_maps)
-        preview = ui.PreviewImage(drawn, cls=cls).as_dict()
+        if files.problem is not None:
+            shown = [noted(run, files.problem) for run in shown]
+            drawn = batch([captioned(picture, files.problem) for picture in report.heat_maps])
         outputs = data, drawn, batch(frames), export.to_json(shown), batch(sheets)
-        telemetry.runs.mark_shown(node, found, unsaved)  # last: a report that failed shows them the next time
-        return io.NodeOutput(*outputs, ui={**preview, "sparge_files": files})
+        shown_files = {**preview_of(cls, drawn), "sparge_files": files.entries}
+        telemetry.runs.mark_shown(node, found, files.formats)  # last: a report that failed shows them the next time
+        telemetry.runs.unsaved += files.problem is not None
+        return io.NodeOutput(*outputs, ui=shown_files)
 
 
 def empty_run() -> dict:
     """What is shown where there is no run."""
     return {**Run(0, node="", owner="", metadata={}, sigmas=[]).to_dict(), "note": NO_RUN}
+
+
+def noted(run: dict, text: str) -> dict:
+    """The run with one more note."""
+    return {**run, "note": "; ".join(filter(None, (run["note"], text)))}
+
+
+def captioned(picture: Image.Image, text: str) -> Image.Image:
+    """The picture with a text below it."""
+    style = canvas.Style()
+    margin, row = style.px(32), canvas.line_height(style.body) + style.px(4)
+    lines = canvas.wrap(canvas.plain(text), style.body, picture.width - 2 * margin, 4)
+    sheet = Image.new("RGB", (picture.width, picture.height + len(lines) * row + margin), canvas.PAPER)
+    sheet.paste(picture)
+    for index, line in enumerate(lines):
+        ImageDraw.Draw(sheet).text((margin, picture.height + index * row), line, canvas.INK, style.body)
+    return sheet
 
 
 def step_frames(run: dict, most: int = MAX_FRAMES) -> list:
@@ -163,15 +190,55 @@ def images_of(data) -> np.ndarray | None:
     return data[:, ::every, ::every, channels].float().cpu().numpy()
 
 
-def save(report: Report, formats: list[str], prefix: str) -> list[dict]:
-    """Writes the report in each of `formats` under one number; returns how the browser finds the files."""
-    files = []
-    if formats:
-        path, entry = _comfy.output_path(prefix)
-        for name in formats:
-            FORMATS[name](report, Path(f"{path}.{name}"))
-            files.append({**entry, "filename": f"{entry['filename']}.{name}"})
-    return files
+@dataclass(frozen=True)
+class Files:
+    """What was written of a report: the formats, how the browser finds each file, and why others are missing, as a sentence."""
+
+    formats: list[str]
+    entries: list[dict]
+    problem: str | None
+
+
+def save(report: Report, formats: list[str], prefix: str) -> Files:
+    """Writes the report in each of `formats` under one number. What cannot be written ends no prompt: everything is sampled by then."""
+    written, errors = [], {}
+    try:
+        path, entry = _comfy.output_path(prefix) if formats else ("", {})
+    except (OSError, ValueError) as error:
+        return Files([], [], problem_of(dict.fromkeys(formats, error)))
+    for name in formats:
+        file = Path(f"{path}.{name}")
+        try:
+            FORMATS[name](report, file)
+            written.append(name)
+        except (OSError, ValueError, ImportError) as error:  # ImportError: an MP4 without its package
+            errors[name] = error
+            with suppress(OSError):
+                file.unlink(missing_ok=True)  # half a file passes for a whole one
+    return Files(written, [{**entry, "filename": f"{entry['filename']}.{name}"} for name in written], problem_of(errors))
+
+
+def problem_of(errors: Mapping[str, Exception]) -> str | None:
+    """Why these formats are missing, as a sentence, which the log has then too; None for no format."""
+    if not errors:
+        return None
+    problem = UNSAVED.format(formats=", ".join(errors), error=reason_of(next(iter(errors.values()))))
+    logger.warning("%s", problem)
+    return problem
+
+
+def reason_of(error: Exception) -> str:
+    """What the system says, without the path: it is nobody's business in a report passed on."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def preview_of(node: type, images: torch.Tensor) -> dict:
+    """The picture on the node, or nothing where ComfyUI's folder for it cannot be written."""
+    try:
+        return ui.PreviewImage(images, cls=node).as_dict()
+    except OSError as error:
+        logger.warning("%s", NO_PREVIEW.format(error=reason_of(error)))
+        return {}
 
 
 def batch(images: list) -> torch.Tensor:

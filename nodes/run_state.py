@@ -13,7 +13,7 @@ from . import _comfy, _kernels, compiled, geometry, reasons, remarks, schedule, 
 from .chain import leads_to
 from .pace import Pace
 from .settings import Settings, listing_none, parse_blocks
-from .speedup import Plan
+from .speedup import Instead, Plan
 
 logger = logging.getLogger("sparge_attention")
 
@@ -209,13 +209,13 @@ class RunState:
 class CallContext:
     """One model call: numbers its layers, finds the spans of its sequences, and guards against overrides that call each other in a circle.
 
-    step, sigma : its own; threads that sample together are not always at the same one. instead : what answers its dense calls, by name, once asked.
+    step, sigma : its own; threads that sample together are not always at the same one. instead : what answers its dense calls, once asked.
     """
 
     def __init__(self, run: RunState, model_call: geometry.ModelCall, moment: Moment | None = None):
         self.run = run
         self.step, self.sigma = moment or (run.step, run.sigma)
-        self.instead: str | None = None
+        self.instead: Instead | None = None
         self.model_call = model_call
         self.depth = 0
         self.adopted = None

@@ -1,16 +1,18 @@
 """How sparse attention compares, in the same run, with what would have run in its place: measured, or not said at all.
 
-A few calls of a run are also run densely, to be timed; `Plan` says which. Each gives one ratio: its milliseconds over the mean of the sparse calls of
-its kind in the same step, so that what else the machine does in that step weighs on both. The middle one of these ratios is the speed-up, the lowest
-and the highest are its spread.
+A few calls of a run are also run densely, to be timed; `Plan` says which. Each gives one ratio: its milliseconds over the median of the sparse calls
+of its kind in the same step, so that what else the machine does in that step weighs on both, and one sparse call that was held up does not count. The
+middle one of these ratios is the speed-up, the lowest and the highest are its spread.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import median, median_low
 from typing import NamedTuple
@@ -22,16 +24,65 @@ from .geometry import CallShape
 DENSE = "dense"
 FEWEST, MOST = 3, 5  # ratios of a kind: below the fewest nothing is said
 MAX_NAME = 80
+MAX_HELD = 32  # functions and values of another node's attention that tell its modes apart
+MAX_TIMES = 256  # single times of a kind that are kept in each step
 
 
 class CallKind(NamedTuple):
     """What the time of an attention call hangs on: the shape of the call, the type and the device of its tensors, and `instead`, what would answer it
-    if it were not sparse: "dense", or another node's attention by name."""
+    if it were not sparse: "dense", or another node's attention by name. `attention` says which one exactly, where several go by that name."""
 
     shape: CallShape
     dtype: torch.dtype
     device: torch.device
     instead: str
+    attention: str = ""
+
+
+class Instead(NamedTuple):
+    """What answers calls that are not sparse: its name, and what tells it from others of that name; "" for ComfyUI's own."""
+
+    name: str
+    key: str
+
+
+def instead_of(override) -> Instead:
+    """What an attention override, or None, puts in the place of ComfyUI's attention."""
+    return Instead(name_of(override), "" if override is None else _key_of(override))
+
+
+def _key_of(override) -> str:
+    """A digest of the functions that an override leads to, and of the names it keeps.
+
+    The modes of a node are often one override around another function or with another word: KJNodes' sage attention is. Numbers and flags are left
+    out, for they may change from call to call.
+    """
+    told: list[str] = []
+    seen, waiting = set(), deque([override])
+    while waiting and len(told) < MAX_HELD:
+        it = waiting.popleft()
+        if id(it) in seen:
+            continue
+        seen.add(id(it))
+        if isinstance(it, str | torch.dtype):
+            told.append(str(it))
+        elif callable(it):
+            line = getattr(getattr(it, "__code__", None), "co_firstlineno", 0)
+            named = it if isinstance(getattr(it, "__qualname__", None), str) else type(it)
+            told.append(f"{getattr(named, '__module__', None)}.{named.__qualname__}:{line}")
+            waiting.extend(_held(it))
+    return hashlib.sha256("\n".join(told).encode(errors="replace")).hexdigest()[:12]
+
+
+def _held(it) -> list:
+    """What a function keeps: the values of its closure, or the function and the arguments of a partial."""
+    if type(it).__name__ == "partial":
+        return [it.func, *it.args, *it.keywords.values()]
+    held = []
+    for cell in getattr(it, "__closure__", None) or ():
+        with suppress(ValueError):  # nothing is in it yet
+            held.append(cell.cell_contents)
+    return held
 
 
 def name_of(override) -> str:
@@ -123,16 +174,26 @@ class Plan:
 
 
 class Pair(NamedTuple):
-    """Milliseconds of a sparse call, the mean of its step, and of a dense call of the same kind in that step."""
+    """Milliseconds of the sparse calls of a kind in a step, their median and the fastest one, and of a dense call of the kind in that step."""
 
+    step: int
     sparse_ms: float
+    fastest_ms: float
     dense_ms: float
+
+
+class _Step(NamedTuple):
+    """The sparse calls of a kind in a step: how many, the fastest one, and the single times of the first `MAX_TIMES`."""
+
+    calls: int
+    fastest_ms: float
+    times: tuple[float, ...]
 
 
 class Speedup(NamedTuple):
     """Dense over sparse time: the median of the ratios, the lowest and the highest, and how many there are.
 
-    Of several kinds the numbers are means, weighted by what each kind's sparse calls took in all. Too few ratios leave the first three at None.
+    Of several kinds the numbers are means, weighted by what each kind's sparse calls took, hiccups aside. The first three are None for too few.
     """
 
     median: float | None
@@ -148,21 +209,21 @@ class Speedup(NamedTuple):
 class Comparison:
     """Milliseconds of the calls of one run by their kind.
 
-    The thread that takes numbers in writes; the server's thread may read at any time: what it walks over is a copy, and sums are replaced whole.
+    The thread that takes numbers in writes; the server's thread may read at any time: what it walks over is a copy, and steps are replaced whole.
     """
 
     def __init__(self) -> None:
         self.measuring_ms = 0.0  # what the extra dense calls took in all
-        self._sparse: dict[CallKind, dict[int, tuple[int, float]]] = defaultdict(dict)  # by step: calls and their sum
-        self._first: dict[CallKind, tuple[int, float]] = {}  # step and time of a kind's first sparse call
+        self._sparse: dict[CallKind, dict[int, _Step]] = defaultdict(dict)
+        self._first: dict[CallKind, int] = {}  # the step of a kind's first sparse call
         self._dense: dict[CallKind, dict[int, list[float]]] = defaultdict(dict)
         self._extra: dict[CallKind, list[tuple[int, float]]] = defaultdict(list)
 
     def sparse(self, kind: CallKind, step: int, ms: float) -> None:
         """A sparse call."""
-        self._first.setdefault(kind, (step, ms))
-        calls, total = self._sparse[kind].get(step, (0, 0.0))
-        self._sparse[kind][step] = calls + 1, total + ms
+        self._first.setdefault(kind, step)
+        calls, fastest, times = self._sparse[kind].get(step, _Step(0, ms, ()))
+        self._sparse[kind][step] = _Step(calls + 1, min(fastest, ms), times if len(times) == MAX_TIMES else (*times, ms))
 
     def dense(self, kind: CallKind, step: int, ms: float) -> None:
         """A call that was dense for a reason of its own. Such calls serve where no extra ones were made."""
@@ -174,8 +235,9 @@ class Comparison:
 
     def pairs(self, kind: CallKind) -> list[Pair]:
         """The extra calls of a kind, each with the sparse calls of its step."""
-        found = [(self._mean(kind, step), ms) for step, ms in list(self._extra.get(kind, ()))]
-        return [Pair(sparse, ms) for sparse, ms in found if sparse]
+        steps = self._sparse.get(kind, {}).copy()
+        found = [Pair(step, self._median(kind, step), steps[step].fastest_ms, ms) for step, ms in list(self._extra.get(kind, ())) if step in steps]
+        return [pair for pair in found if pair.sparse_ms]
 
     def kinds(self) -> list[CallKind]:
         """The kinds that ran sparse."""
@@ -215,17 +277,21 @@ class Comparison:
 
     def _ratios_of_own_calls(self, kind: CallKind) -> list[float]:
         """One for each step with dense calls, from the middle one of them; with the sparse calls of the whole run where the step has none."""
-        calls, whole = sum(calls for calls, _ in list(self._sparse[kind].values())), self._total(kind)
-        found = [(self._mean(kind, step) or whole / calls, list(times)) for step, times in self._dense.get(kind, {}).copy().items()]
+        whole = median([ms for step in list(self._sparse[kind]) for ms in self._times(kind, step)])
+        found = [(self._median(kind, step) or whole, list(times)) for step, times in self._dense.get(kind, {}).copy().items()]
         return [median_low(times) / sparse for sparse, times in found if sparse]
 
-    def _mean(self, kind: CallKind, step: int) -> float:
-        """Milliseconds of a sparse call of the kind in a step; 0 without one. The run's first is left out where there are others: it may be cold."""
-        calls, total = self._sparse[kind].get(step, (0, 0.0))
-        first = self._first.get(kind)
-        if calls > 1 and first is not None and first[0] == step:
-            calls, total = calls - 1, total - first[1]
-        return total / calls if calls else 0.0
+    def _times(self, kind: CallKind, step: int) -> tuple[float, ...]:
+        """Single times of sparse calls of the kind in a step. The run's first is left out where the step has others: it may be cold."""
+        found = self._sparse[kind].get(step)
+        times = () if found is None else found.times
+        return times[1:] if len(times) > 1 and self._first.get(kind) == step else times
+
+    def _median(self, kind: CallKind, step: int) -> float:
+        """Milliseconds of the middle sparse call of the kind in a step; 0 without one."""
+        times = self._times(kind, step)
+        return median(times) if times else 0.0
 
     def _total(self, kind: CallKind) -> float:
-        return sum(total for _, total in list(self._sparse[kind].values()))
+        """What the sparse calls of a kind take, but for what held single ones up: nobody would have been spared that."""
+        return sum(found.calls * self._median(kind, step) for step, found in self._sparse[kind].copy().items())

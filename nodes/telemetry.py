@@ -16,10 +16,9 @@ MAX_STORED_MAP_BYTES = 64 << 20  # of all closed runs; beyond it the oldest lose
 
 
 class Shown(NamedTuple):
-    """What a report has shown: the first and the last number of its runs, and the formats of the files that it saved of them."""
+    """How a report has shown a run: the number of the newest run that was new to it then, and the formats of the files that it saved of this one."""
 
-    first: int = 0
-    last: int = 0
+    last: int
     formats: frozenset[str] = frozenset()
 
 
@@ -31,7 +30,8 @@ class Runs:
         self.closed: deque[Run] = deque(maxlen=MAX_RUNS)
         self.unpatched: deque[Run] = deque(maxlen=MAX_RUNS)  # of models without our patch: no numbers, only the warning of a monitor
         self.latest = 0
-        self._shown: dict[str, Shown] = {}
+        self.unsaved = 0  # how many reports could not write all their files
+        self._shown: dict[str, dict[int, Shown]] = {}  # report -> number of a run: nodes of two workflows may share a name, but no runs
 
     def open(self, **known) -> Run:
         self.latest += 1
@@ -66,29 +66,34 @@ class Runs:
         known = {run.number: run for run in [*self.running, *self.closed, *self.unpatched] if monitor in run.monitors}
         return [known[number] for number in sorted(known)]
 
-    def shown(self, report: str) -> Shown:
-        """What `report` showed last; zeros before the first time."""
-        return self._shown.get(report, Shown())
+    def saved(self, report: str, found: list[Run]) -> frozenset[str] | None:
+        """The formats in which `report` has saved all of `found`, which `for_report` gave; None when they are new to it."""
+        shown = self._shown.get(report, {})
+        formats = [shown[run.number].formats for run in found if run.number in shown]
+        return frozenset.intersection(*formats) if formats else None
 
     def for_report(self, report: str, owners: list[str]) -> list[Run]:
-        """The runs since those that `report` showed; when there is none, the ones it showed last.
+        """The runs that `report` has not shown; when there is none, the ones it showed last.
 
         `owners` limits them to the runs of these patches; empty: all runs.
         """
-        first, last, _ = self.shown(report)
+        shown = self._shown.get(report, {})
         known = sorted((r for r in self.closed if not owners or r.owner in owners), key=lambda r: r.number)  # an inner run closes first
-        chosen = [r for r in known if r.number > last]
-        return chosen or [r for r in known if first <= r.number <= last]
+        last = max((shown[r.number].last for r in known if r.number in shown), default=0)
+        return [r for r in known if r.number not in shown] or [r for r in known if shown[r.number].last == last]
 
     def mark_shown(self, report: str, found: list[Run], formats: Iterable[str] = ()) -> None:
         """What `for_report` gave is shown, and saved in `formats`: to be said once nothing can go wrong any more."""
-        before = self.shown(report)
-        if found and found[-1].number > before.last:
-            if len(self._shown) >= 64 and report not in self._shown:
-                self._shown.pop(next(iter(self._shown)))
-            self._shown[report] = Shown(found[0].number, found[-1].number, frozenset(formats))
-        elif found:
-            self._shown[report] = before._replace(formats=before.formats.union(formats))
+        if not found:
+            return
+        if len(self._shown) >= 64 and report not in self._shown:
+            self._shown.pop(next(iter(self._shown)))
+        kept = {run.number for run in [*self.closed, *found]}
+        shown = {number: how for number, how in self._shown.get(report, {}).items() if number in kept}
+        for run in found:
+            how = shown.get(run.number, Shown(found[-1].number))
+            shown[run.number] = how._replace(formats=how.formats.union(formats))
+        self._shown[report] = shown
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,9 @@ def test_two_nodes_and_one_between_that_replaces_the_hook(nodes, tiny, patched, 
     assert (later.sparse_calls, later.answered_above) == (4, 0) and (earlier.sparse_calls, earlier.answered_above) == (0, 4)
     assert "ran 4 of its calls" in nodes.remarks.summary(earlier) and "nothing ran sparse" not in nodes.remarks.summary(earlier)
     assert [args[1].shape[1] for _, args, _ in foreign.seen] == 4 * [7]  # what stays dense goes there, once
+    comfy_models.sample(model, nodes.monitor.watched(patched(source), "m"), steps=6)
+    later = list(nodes.telemetry.runs.closed)[-2]
+    assert later.sparse_calls and later.against_dense.instead() == "override of tests"  # and would run instead
 
 
 @pytest.mark.parametrize("topk", ["0.3", [0.3], True])

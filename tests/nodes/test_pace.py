@@ -30,9 +30,9 @@ def file(nodes, folder):
 
 @pytest.fixture
 def kind(nodes):
-    def make(tokens=4096, instead="dense", dtype=torch.bfloat16, device="cpu"):
+    def make(tokens=4096, instead="dense", dtype=torch.bfloat16, device="cpu", attention="attention_pytorch"):
         shape = nodes.geometry.CallShape((1, 2, tokens, 64), 2, tokens, False)
-        return nodes.speedup.CallKind(shape, dtype, torch.device(device), instead)
+        return nodes.speedup.CallKind(shape, dtype, torch.device(device), instead, attention)
 
     return make
 
@@ -80,7 +80,30 @@ SLOW = ((12.0, 8.0), (12.1, 8.3), (13.0, 8.5))
     ids=["slower", "too_few", "touching", "apart", "faster", "none"],
 )
 def test_disjoint_spreads_of_three_pairs_decide(nodes, pairs, decided):
-    assert nodes.pace.slower_by([nodes.speedup.Pair(*pair) for pair in pairs]) == decided
+    made = [nodes.speedup.Pair(step, sparse, sparse, dense) for step, (sparse, dense) in enumerate(pairs)]
+    assert nodes.pace.slower_by(made) == decided
+
+
+@pytest.mark.parametrize("steps", [(0, 0, 0, 0, 0), (0, 0, 1, 1, 1)])
+def test_fewer_than_three_steps_decide_nothing(nodes, measured, pace, kind, file, steps):
+    """However many pairs they have; the factor is shown all the same."""
+    found = nodes.speedup.Comparison()
+    for step in steps:
+        found.sparse(kind(), step, 213.0)
+        found.extra(kind(), step, 25.0)
+    assert pace().learn(found) == "" and not file.exists() and found.speedup().is_clear
+
+
+def test_every_sparse_call_of_the_steps_counts(nodes, measured, pace, kind, file):
+    """The middle one of each step is slow, but one call was as fast as the slowest dense one."""
+    found = measured(kind(), *SLOW)
+    for step in range(3):
+        found.sparse(kind(), step, 8.5 if step == 1 else 12.0)
+        found.sparse(kind(), step, 13.0)
+    assert pace().learn(found) == "" and not file.exists()
+    found = measured(kind(), *SLOW)
+    found.sparse(kind(), 7, 1.0)  # of a step without a pair
+    assert pace().learn(found)
 
 
 def test_what_was_decided_holds_in_later_runs(pace, measured, kind, file):
@@ -103,7 +126,7 @@ def test_it_holds_for_what_was_measured_alone(nodes, pace, measured, kind, file,
     for changes in (dict(topk=0.31), dict(cdfthreshd=0.9), dict(simthreshd1=0.5), dict(pvthreshd=20.0), dict(compensate=True),
                     dict(token_order="tiles"), dict(protect_references=True)):  # fmt: skip
         assert pace(**{"topk": 0.3, **changes}).reason(kind()) is None, changes
-    for other in (kind(4160), kind(instead="sage of kjnodes"), kind(dtype=torch.float16)):
+    for other in (kind(4160), kind(instead="sage of kjnodes"), kind(dtype=torch.float16), kind(attention="attention_sub_quad")):
         assert pace(topk=0.3).reason(other) is None, other
     for room, name, value in (
         (nodes._kernels, "VERSION", "9.9"),
@@ -171,6 +194,42 @@ def test_the_user_may_switch_it_off(pace, measured, kind, file):
     assert json.loads(file.read_text(encoding="utf-8")) == told
 
 
+@pytest.mark.parametrize(
+    "content", ['{"off": true}', '\ufeff{"off": true}', '{"version": 9, "off": true, "slower": 5}', '\ufeff{"version": 1, "off": true}']
+)
+def test_off_is_all_it_takes(pace, measured, kind, file, caplog, content):
+    """Written by hand, with the mark that Windows' editors put before it."""
+    file.parent.mkdir(parents=True)
+    file.write_text(content, encoding="utf-8")
+    assert not pace().knows_any and pace().learn(measured(kind(), *SLOW)) == "" and not caplog.records
+    assert file.read_text(encoding="utf-8") == content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"off": true', b"{'off': True}", b"{off: true}", b'{"version": 1, "off": 1}', b'{"off": "true"}', '{"off": true}'.encode("utf-16"), b'"off"'],
+)
+def test_what_may_be_meant_to_switch_it_off_is_left_alone(pace, measured, kind, file, caplog, content):
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    assert not pace().knows_any and pace().learn(measured(kind(), *SLOW)) == "" and file.read_bytes() == content
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert str(file) in said and "it is left alone, and nothing is kept" in said
+
+
+def test_a_mark_before_the_text_is_no_error(pace, measured, kind, file):
+    pace().learn(measured(kind(), *SLOW))
+    file.write_text(file.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert pace().reason(kind())
+
+
+def test_half_a_file_of_ours_is_written_anew(nodes, pace, measured, kind, file):
+    """It has "off" in it too, as every one has."""
+    pace().learn(measured(kind(), *SLOW))
+    file.write_text(file.read_text(encoding="utf-8")[:-20], encoding="utf-8")
+    assert not pace().knows_any and json.loads(file.read_text(encoding="utf-8"))["slower"] == []
+
+
 ENTRY = {"of": {}, "sparse_ms": 2.0, "dense_ms": 1.0, "pairs": 3}
 BROKEN = {
     "empty": "",
@@ -178,13 +237,14 @@ BROKEN = {
     "list": "[]",
     "text": '"hello"',
     "version": '{"version": 2, "slower": []}',
-    "off": '{"version": 1, "off": 1}',
+    "not_off": '{"version": 2, "off": false}',
     "slower": '{"version": 1, "slower": {}}',
     "entry": '{"version": 1, "slower": [5]}',
     "of": json.dumps({"version": 1, "slower": [ENTRY | {"of": "x"}]}),
     "number": json.dumps({"version": 1, "slower": [ENTRY | {"sparse_ms": "1"}]}),
     "nan": json.dumps({"version": 1, "slower": [ENTRY | {"sparse_ms": float("nan")}]}),
     "nan_inside": json.dumps({"version": 1, "slower": [ENTRY | {"of": {"a": float("nan")}}]}),
+    "huge": '{"version": 1, "slower": [{"of": {}, "sparse_ms": 1' + "0" * 400 + ', "dense_ms": 1, "pairs": 3}]}',
     "negative": json.dumps({"version": 1, "slower": [ENTRY | {"dense_ms": -1}]}),
     "deep": "[" * 100_000,
     "large": '{"version": 1, "slower": []}' + " " * (1 << 20),

@@ -179,14 +179,14 @@ def test_images_that_are_not_rgb(nodes, pack, tiny, patched, report, folders, ch
 
 @pytest.mark.parametrize("part", ["save", "batch"])
 def test_a_report_that_fails_has_shown_nothing(nodes, tiny, patched, report, folders, monkeypatch, part):
-    """A full disk, say: the next try saves the run's files."""
+    """Whatever it is that nobody expected: the next try saves the run's files."""
     model = tiny("wan_t2v")
     patcher = sampled(model, patched(model), steps=1)
 
     def fail(*args):
-        raise OSError("no space left")
+        raise MemoryError("no room")
 
-    with monkeypatch.context() as broken, pytest.raises(OSError, match="no space left"):
+    with monkeypatch.context() as broken, pytest.raises(MemoryError, match="no room"):
         broken.setattr(nodes.report, part, fail)
         report(patcher)
     result = report(patcher)
@@ -225,6 +225,24 @@ def test_only_the_models_own_runs(nodes, tiny, patched, report):
     assert runs_in(report(patched(first), unique_id="13")) == [start + 1, start + 3]  # a node that has not run yet, behind one that has
 
 
+def test_two_workflows_whose_reports_have_one_number(nodes, tiny, patched, report, folders):
+    """What the report of one has shown is neither new nor lost when the other one's has run in between."""
+    model = tiny("wan_t2v")
+    here, there = (sampled(model, patched(model), steps=1) for _ in range(2))
+    start = nodes.telemetry.runs.latest - 2
+    assert runs_in(report(there)) == [start + 2]  # the newer run is shown first
+    first = report(here)
+    assert runs_in(first) == [start + 1] and len(first.ui["sparge_files"]) == 2
+    assert json.loads(first.args[3])["runs"][0]["note"] is None, "a new run passes for an old one"
+    sampled(model, there, steps=1)
+    assert runs_in(report(there)) == [start + 3]
+    again = report(here, formats="all")
+    (run,) = json.loads(again.args[3])["runs"]
+    assert run["run"] == start + 1 and run["cells"] and "no run since the last report" in run["note"]
+    assert [file["filename"].rpartition(".")[2] for file in again.ui["sparge_files"]] == ["json", "csv", "gif", "webp", "mp4"]
+    assert report(there).ui["sparge_files"] == [] == report(here, formats="all").ui["sparge_files"]
+
+
 def test_no_run(nodes, tiny, patched, report, folders):
     result = report(patched(tiny("wan_t2v")), formats="all")
     _, heat_map, frames, text, maps = result.args
@@ -255,7 +273,7 @@ def test_from_a_script(nodes, tiny, patched, report):
 def test_fingerprint(nodes, tiny, patched):
     node, model = nodes.report.SpargeReport, tiny("wan_t2v")
     before = node.fingerprint_inputs(model=None, data=None)
-    assert node.fingerprint_inputs(model=None, data=None) == before == nodes.telemetry.runs.latest
+    assert node.fingerprint_inputs(model=None, data=None) == before
     sampled(model, patched(model), steps=1)
     assert node.fingerprint_inputs(model=None, data=None) == before + 1
 
@@ -278,7 +296,7 @@ def test_frames_of_many_runs_stay_bounded(nodes, report, monkeypatch, tiny):
         nodes.telemetry.runs.add(run)
     shapes = []
     monkeypatch.setattr(nodes.heat_map, "step_frame", lambda run, step: Image.new("RGB", (4, 4)))
-    monkeypatch.setattr(nodes.report, "save", lambda made, *rest: shapes.append(len(made.frames)) or [])
+    monkeypatch.setattr(nodes.report, "save", lambda made, *rest: shapes.append(len(made.frames)) or nodes.report.Files([], [], None))
     report(tiny("wan_t2v"))
     taken = shapes[0] * width * height * 3 * 4
     assert taken <= 2 << 30, f"{shapes[0]} frames take {taken / 2**30:.1f} GiB"

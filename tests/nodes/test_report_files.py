@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import comfy_models
@@ -112,17 +114,44 @@ def test_a_format_that_is_added_later_is_saved_without_sampling_again(sampled, r
     assert files(output) == sorted([*saved, "sparge/report_00002_.webp"])
 
 
-def test_what_could_not_be_saved_is_saved_the_next_time(nodes, sampled, report, output, monkeypatch):
+def full(path, *_) -> None:
+    """A full disk, which takes the beginning of a file."""
+    Path(path).write_bytes(b"half")
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+def test_what_could_not_be_saved_is_said_and_saved_the_next_time(nodes, sampled, report, output, monkeypatch, caplog):
+    """Everything is sampled by then: the prompt goes on, with the outputs and the picture."""
+    node, patcher = nodes.report.SpargeReport, sampled()
+    before, well = node.fingerprint_inputs(), report(patcher, formats="png")
+    assert node.fingerprint_inputs() == before
+    with monkeypatch.context() as broken:
+        broken.setitem(nodes.report.FORMATS, "csv", lambda made, path: full(path))
+        failed = report(patcher, formats="csv, json")
+    said = "the report's csv could not be written: No space left on device; make room"
+    (run,) = json.loads(failed.args[3])["runs"]
+    assert said in run["note"] and said in caplog.text and str(output) not in run["note"]
+    assert named(failed) == ["sparge/report_00002_.json"] and files(output) == ["sparge/report_00001_.png", "sparge/report_00002_.json"]
+    assert len(failed.ui["images"]) == 1 and all(part is not None for part in failed.args)
+    height = well.args[1].shape[1]
+    assert torch.equal(failed.args[1][:, :height], well.args[1]) and failed.args[1][:, height:].std() > 0.01, "the sentence is not below the picture"
+    assert node.fingerprint_inputs() > before, "ComfyUI takes the report from its cache and never writes the file"
+    assert named(report(patcher, formats="png, csv, json")) == ["sparge/report_00003_.csv"]
+
+
+def test_a_folder_that_cannot_be_made(sampled, report, output):
+    (output / "sparge").write_text("a file")
     patcher = sampled()
-    report(patcher, formats="png")
+    failed = report(patcher)
+    assert "the report's png, html could not be written: " in json.loads(failed.args[3])["runs"][0]["note"] and named(failed) == []
+    assert named(report(patcher, filename_prefix="elsewhere")) == ["elsewhere_00001_.png", "elsewhere_00001_.html"]
 
-    def full(*_):
-        raise OSError("no space left")
 
-    with monkeypatch.context() as broken, pytest.raises(OSError, match="no space left"):
-        broken.setitem(nodes.report.FORMATS, "csv", full)
-        report(patcher, formats="csv")
-    assert named(report(patcher, formats="png, csv")) == ["sparge/report_00002_.csv"]
+def test_a_preview_that_cannot_be_written(nodes, sampled, report, output, monkeypatch, caplog):
+    monkeypatch.setattr(nodes.report.ui, "PreviewImage", lambda *_, **__: full(output / "preview"))
+    result = report(sampled())
+    assert "images" not in result.ui and len(named(result)) == 2 and all(part is not None for part in result.args)
+    assert "the picture on the report could not be written: No space left on device; make room" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -133,6 +162,7 @@ def test_what_could_not_be_saved_is_saved_the_next_time(nodes, sampled, report, 
         ("2.1/run.of.today", "2.1/run.of.today_00001_.csv"),
         ("wide/%width%", "wide/0_00001_.csv"),
         ("a/../b", "b_00001_.csv"),
+        ("console/日本 (nul) " + "x" * 130, "console/日本 (nul) " + "x" * 130 + "_00001_.csv"),
     ],
 )
 def test_the_place(sampled, report, output, prefix, expected):
@@ -152,6 +182,24 @@ BAD = {
     "the folder itself": ({"filename_prefix": "a/.."}, ["filename_prefix must stay inside", "got 'a/..'"]),
     "no name": ({"filename_prefix": ""}, ["filename_prefix must end with a name for the files, got ''; write a subfolder and a name"]),
     "subfolder alone": ({"filename_prefix": "sparge/"}, ["filename_prefix must end with a name for the files, got 'sparge/'"]),
+    **{
+        f"character {ord(letter):#x}": (
+            {"filename_prefix": f"a{letter}b/c"},
+            [f"filename_prefix must be a name that every system can write, got {letter!r} in"],
+        )
+        for letter in '<>:"|?*\0\n\x1f\x7f\x85\udc80'
+    },
+    **{
+        f"device {part}": (
+            {"filename_prefix": f"a/{part}"},
+            ["filename_prefix must be a name that every system can write, got '", "a device of Windows"],
+        )
+        for part in ("CON", "nul.txt", "com1/b", "Lpt9 .x/b", "b\\aux")
+    },
+    "long name": (
+        {"filename_prefix": "a/" + "é" * 76},
+        ["filename_prefix must have names of up to 150 bytes, got 'éé", "of 152; write a shorter one"],
+    ),
     "prefix of another type": ({"filename_prefix": 2.5}, ["filename_prefix must be text, got 2.5; convert"]),
 }
 

@@ -68,6 +68,72 @@ def test_what_another_attention_is_called(nodes, override, name):
     assert nodes.speedup.name_of(override) == name
 
 
+def in_mode(function, word="", times=1):
+    """Another node's attention as KJNodes makes it: the same function around another one."""
+    inner = torch.compiler.disable()(function)
+
+    def attention_override_sage(func, *args, **kwargs):
+        return (inner, word, times) and func(*args, **kwargs)
+
+    return attention_override_sage
+
+
+def first_mode(q):
+    return q
+
+
+def second_mode(q):
+    return q
+
+
+def test_modes_of_one_node_are_told_apart(nodes):
+    """All of the same name; numbers may count calls and say nothing."""
+    of = nodes.speedup.instead_of
+    modes = [in_mode(first_mode), in_mode(second_mode), in_mode(first_mode, "per_block"), functools.partial(in_mode(first_mode), "word")]
+    found = [of(mode) for mode in modes]
+    assert len({instead.key for instead in found}) == 4 and {instead.name for instead in found} == {"attention_override_sage of tests"}
+    assert of(in_mode(first_mode, times=2)) == found[0] == of(in_mode(first_mode)) and of(None) == ("dense", "")
+
+
+def test_whatever_an_override_holds(nodes):
+    """Itself, an empty cell, an object that is called: none of it stops a run."""
+
+    def override(func, *args, **kwargs):
+        return override, never
+
+    assert len(nodes.speedup.instead_of(override).key) == 12
+    assert len({nodes.speedup.instead_of(it).key for it in (Callable(), Callable().patch, Callable().__call__, len)}) == 4
+    if override is None:
+        never = 1
+
+
+def test_each_attention_of_comfyui_is_a_kind_of_its_own(nodes, direct):
+    ours = direct()
+    ours.run.monitors, ours.run.measures, ours.run.plan = {"7": True}, True, nodes.speedup.Plan(range(1))
+    q, k, v = torch.randn(3, 1, 2, 300, 16, generator=torch.Generator().manual_seed(1))
+
+    def attention_pytorch(q, *args, **kwargs):
+        return q
+
+    def attention_sub_quad(q, *args, **kwargs):
+        return q
+
+    for attention in (attention_pytorch, attention_sub_quad, functools.partial(attention_pytorch)):
+        ours.patch.override(attention, q, k, v, 2, skip_reshape=True, transformer_options=ours.options)
+    ours.closed()
+    kinds = ours.run.against_dense.kinds()
+    assert [(kind.instead, kind.attention) for kind in kinds] == [("dense", name) for name in ("attention_pytorch", "attention_sub_quad", "partial")]
+
+
+@pytest.mark.parametrize("mode", [first_mode, second_mode])
+def test_a_mode_of_another_node_is_a_kind_of_its_own(nodes, tiny, patched, mode):
+    model, override = tiny("wan_t2v"), in_mode(mode)
+    comfy_models.sample(model, watched(nodes, patched(with_override(model.patcher, override))), steps=1)
+    (kind,) = nodes.telemetry.runs.closed[-1].against_dense.kinds()
+    assert kind.instead == "attention_override_sage of tests"
+    assert kind.attention.startswith("attention_") and kind.attention.endswith(" " + nodes.speedup.instead_of(override).key)
+
+
 # Which calls are timed.
 
 
@@ -156,8 +222,25 @@ def test_a_ratio_is_of_one_step(nodes, kind):
 
 def test_the_first_sparse_call_of_a_run_may_be_cold(nodes, kind):
     made = compared(nodes, kind(), [(0, 500.0), (0, 2.0), (0, 2.0), (1, 2.0), (2, 2.0)], [(0, 6.0), (1, 6.0), (2, 6.0)])
-    assert made.speedup() == (3.0, 3.0, 3.0, 3) and made.pairs(kind())[0] == (2.0, 6.0)
-    assert compared(nodes, kind(), [(0, 4.0)], [(0, 6.0)]).pairs(kind()) == [(4.0, 6.0)]  # it is all there is
+    assert made.speedup() == (3.0, 3.0, 3.0, 3) and made.pairs(kind())[0] == (0, 2.0, 2.0, 6.0)
+    assert compared(nodes, kind(), [(0, 4.0)], [(0, 6.0)]).pairs(kind()) == [(0, 4.0, 4.0, 6.0)]  # it is all there is
+    assert made.saved_ms() == pytest.approx(5 * 2.0 * 2), "what loading took would not have been spared"
+
+
+def test_one_sparse_call_that_was_held_up_says_nothing(nodes, kind):
+    """All the extra calls of a run of one step fall in it."""
+    sparse = [(0, 900.0), *((0, 25.0) for _ in range(5)), (0, 3000.0), (0, 24.0)]
+    made = compared(nodes, kind(), sparse, [(0, 50.0), (0, 51.0), (0, 49.0)])
+    assert made.pairs(kind())[0] == (0, 25.0, 24.0, 50.0)
+    assert made.speedup() == pytest.approx((2.0, 1.96, 2.04, 3)) and made.saved_ms() == pytest.approx(8 * 25.0)
+    assert compared(nodes, kind(), sparse, dense=[(step, 50.0) for step in range(1, 4)]).speedup().median == 2.0
+
+
+def test_single_times_are_bounded(nodes, kind):
+    """The fastest call is known of all of them."""
+    made = compared(nodes, kind(), [(0, 2.0)] * 3000 + [(0, 1.0)], [(0, 6.0)] * 3)
+    assert made.pairs(kind())[0] == (0, 2.0, 1.0, 6.0) and len(made._sparse[kind()][0].times) == nodes.speedup.MAX_TIMES
+    assert made.saved_ms() == pytest.approx(3001 * 4.0)
 
 
 @pytest.mark.parametrize(
@@ -191,11 +274,11 @@ def test_kinds_weigh_by_what_they_took(nodes, kind):
 
 
 def test_dense_steps_of_the_run_serve_where_nothing_was_measured(nodes, kind):
-    """The middle call of each step; against the sparse calls of that step where there are any, else of the whole run."""
+    """The middle call of each step; against the middle sparse call of that step where there are any, else of the whole run."""
     sparse = [(3, 9.0), (3, 2.0), (4, 4.0), (5, 5.0)]
     dense = [(0, 400.0), (0, 10.0), (0, 8.0), (1, 20.0), (4, 12.0)]
     found = compared(nodes, kind(), sparse, dense=dense).speedup()
-    assert found == pytest.approx((3.0, 2.0, 4.0, 3))  # 10 / 5, 20 / 5, 12 / 4
+    assert found == pytest.approx((3.0, 2.5, 5.0, 3))  # 10 / 4, 20 / 4, 12 / 4
     assert compared(nodes, kind(), sparse, extra=[(3, 4.0)], dense=dense).speedup().calls == 1
     other = nodes.speedup.Comparison()
     other.sparse(kind("a"), 0, 1.0)

@@ -287,20 +287,21 @@ def test_runs_for_reports(nodes):
     assert shown("a", []) == [third] == shown("a", [])
     assert shown("b", [mine]) == [third]
     assert shown("b", [object()]) == []
-    assert runs.shown("b").formats == frozenset()
+    assert runs.saved("b", [third]) == frozenset() and runs.saved("c", [third]) is None is runs.saved("b", [])
     runs.mark_shown("b", [third], ["png", "csv"])
     runs.mark_shown("b", [third], ["gif"])
-    assert runs.shown("b") == (third.number, third.number, {"png", "csv", "gif"}) and runs.shown("a").formats == frozenset()
+    assert runs.saved("b", [third]) == {"png", "csv", "gif"} and runs.saved("a", [third]) == frozenset()
+    assert runs.saved("b", [first, third]) == frozenset(), "not every one of them is saved"
     fourth = add(mine)
     runs.mark_shown("b", runs.for_report("b", [mine]), ["png"])
-    assert runs.shown("b") == (fourth.number, fourth.number, {"png"}), "files of another run count"
+    assert runs.saved("b", [fourth]) == {"png"}, "files of another run count"
     for _ in range(9):
         add(other)
     assert shown("b", [mine]) == []  # forgotten: eight newer ones are kept
     assert len(shown("a", [])) == 8
     for i in range(200):
         shown(f"report {i}", [])
-    assert len(runs._shown) <= 64
+    assert len(runs._shown) <= 64 and all(len(of) <= nodes.telemetry.MAX_RUNS for of in runs._shown.values())
 
 
 def test_report_of_nested_runs_is_in_order_and_stays(nodes):
