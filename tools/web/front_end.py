@@ -16,6 +16,7 @@ class FrontEnd:
 
     def __init__(self, browser: chromium.Chromium, server: comfy_server.ComfyServer, *scripts: str):
         self.server, self.page = server, browser.page()
+        self.dropped = 0
         for script in scripts:
             self.page.do("Page.addScriptToEvaluateOnNewDocument", source=script)
 
@@ -43,10 +44,12 @@ class FrontEnd:
             self.page.evaluate("document.querySelectorAll('.p-blockui-mask').forEach((veil) => veil.remove())")
 
     def drop_file(self, workflow: dict) -> None:
-        """Drops a workflow file on the canvas, as a user does."""
+        """Drops a workflow file on the canvas, as a user does. Each has a name of its own: newer front ends open a file in the tab that has its name,
+        and leave there the pictures of the file before, under nodes that have the ids of its nodes, which grow by them."""
+        self.dropped += 1
         self.page.evaluate(f"""(() => {{
           const data = new DataTransfer();
-          data.items.add(new File([{json.dumps(json.dumps(workflow))}], 'dropped.json', {{ type: 'application/json' }}));
+          data.items.add(new File([{json.dumps(json.dumps(workflow))}], 'dropped{self.dropped}.json', {{ type: 'application/json' }}));
           const target = document.querySelector('canvas#graph-canvas');
           for (const type of ['dragenter', 'dragover', 'drop'])
             target.dispatchEvent(new DragEvent(type, {{ dataTransfer: data, bubbles: true, cancelable: true, clientX: 700, clientY: 500 }}));

@@ -32,6 +32,8 @@ class Canvas(FrontEnd):
         self.drop_file(workflow)
         self.page.wait_for(f"app.graph._nodes.length === {len(workflow['nodes'])} && Object.keys(app.graph.links).length >= 0")
         self.unveil()
+        # A node grows when it is drawn: measured before that, it would have the size of the file.
+        self.page.evaluate("app.canvas.draw(true, true), app.canvas.draw(true, true)")
         return self.page.evaluate(BOXES)
 
     def prompt(self) -> dict:
